@@ -1,0 +1,53 @@
+"""Every error zoo raises on purpose: a sentence with the value, what is allowed, the remedy, and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ZooError(Exception):
+    """The work failed. ``fix`` says what to do, when we know."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.fix}" if self.fix else self.message
+
+
+class InputError(ZooError):
+    """What the user gave can not be used: a value out of range, a name nobody knows, a file that is damaged."""
+
+    exit_code = 2
+
+
+class UnknownNameError(InputError):
+    """No component, model or key has this name; the nearest ones are offered."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], *, fix: str | None = None) -> None:
+        names = sorted(set(known))
+        near = get_close_matches(name, names, n=3, cutoff=0.6)
+        if near:
+            hint = f"Did you mean {' or '.join(repr(n) for n in near)}?"
+        elif names and len(names) <= 12:
+            hint = f"Known: {', '.join(names)}."
+        else:
+            hint = ""
+        super().__init__(f"no {what} is named {name!r}.", fix=" ".join(filter(None, (hint, fix))) or None)
+        self.name = name
+        self.nearest = near
+
+
+class FileFormatError(InputError):
+    """A file is damaged, incomplete or of a kind that zoo does not read. The message names the file."""
+
+
+class UnavailableError(ZooError):
+    """A component exists but can not be used on this machine; the reasons say why."""
+
+    exit_code = 3

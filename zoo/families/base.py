@@ -1,0 +1,235 @@
+"""The contract of a family: two pure functions between spec and config, and two-column key maps, read both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from zoo.errors import FileFormatError, InputError
+from zoo.families.transforms import TRANSFORMS, Transform
+from zoo.plan.parameters import parameter_shapes
+from zoo.spec import ModelSpec
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One stored tensor and the parameters of ours that it holds."""
+
+    stored: str
+    ours: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    transform: Transform
+    spec: ModelSpec
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return self.transform.stored_shape(self.shapes, self.spec)
+
+    def split(self, stored: Tensor) -> list[Tensor]:
+        """Our tensors, in the order of ``ours``."""
+        return self.transform.split(stored, self.shapes, self.spec)
+
+    def merge(self, ours: Sequence[Tensor]) -> Tensor:
+        """The stored tensor, contiguous."""
+        return self.transform.merge(ours, self.spec).contiguous()
+
+
+class KeyMap:
+    """A bijection between stored tensor names and our parameters, written as a table.
+
+    One line each: stored name, our name, and a transform if values move. ``{i}`` runs over the layers;
+    ``attn.{q,k,v}`` names several parameters that one stored tensor holds, in its order::
+
+        h.{i}.ln_1.weight          blocks.{i}.attn_norm.weight
+        h.{i}.attn.c_attn.weight   blocks.{i}.attn.{q,k,v}.weight    transposed
+
+    Args:
+        table: the lines. Parameters that a spec does not have (biases, say) are left out for that spec.
+        prefix: what stored names begin with in a causal-LM file; a file without it is understood too.
+        ignore: regular expressions of stored names that carry no weights (old buffers).
+    """
+
+    def __init__(self, table: str, *, prefix: str = "", ignore: Sequence[str] = ()) -> None:
+        self._lines = [_parse(line) for line in table.strip().splitlines() if line.strip()]
+        self.prefix = prefix
+        self._ignore = re.compile("|".join(ignore)) if ignore else None
+
+    def rules(self, spec: ModelSpec) -> list[Rule]:
+        """Every rule that ``spec`` needs, in the order of our parameters."""
+        shapes = parameter_shapes(spec)
+        rules = []
+        for stored, ours, transform in self._lines:
+            for layer in range(spec.n_layers) if "{i}" in stored else [0]:
+                names = tuple(name.replace("{i}", str(layer)) for name in ours)
+                if names[0] in shapes:
+                    name_shapes = tuple(shapes[name] for name in names)
+                    rules.append(Rule(stored.replace("{i}", str(layer)), names, name_shapes, TRANSFORMS[transform], spec))
+        order = {name: i for i, name in enumerate(shapes)}
+        return sorted(rules, key=lambda rule: order[rule.ours[0]])
+
+    def locate(self, spec: ModelSpec, stored_names: Sequence[str], where: str) -> dict[str, Rule]:
+        """Match the names in a file to rules.
+
+        Raises:
+            FileFormatError: a tensor is missing, or one is neither consumed nor declared ignorable.
+        """
+        rules = {rule.stored: rule for rule in self.rules(spec)}
+        located: dict[str, Rule] = {}
+        unknown = []
+        for name in stored_names:
+            rule = rules.get(name) or rules.get(self.prefix + name)
+            if rule is not None:
+                located[name] = rule
+            elif not self.ignores(name, spec):
+                unknown.append(name)
+        missing = [name for name in rules if name not in {rule.stored for rule in located.values()}]
+        if missing:
+            raise FileFormatError(f"{where} lacks {len(missing)} tensors of the model: {_some(missing)}.")
+        if unknown:
+            raise FileFormatError(f"{where} holds {len(unknown)} tensors that the model does not have: {_some(unknown)}.")
+        return located
+
+    def ignores(self, name: str, spec: ModelSpec) -> bool:
+        """Whether a stored name is declared to carry nothing: an old buffer, or the head of a tied model."""
+        if self._ignore and self._ignore.search(name):
+            return True
+        heads = [stored for stored, ours, _ in self._lines if ours == ("head.weight",)]
+        return spec.tie_embeddings and name in heads
+
+
+def _parse(line: str) -> tuple[str, tuple[str, ...], str]:
+    stored, ours, *transform = line.split()
+    choice = re.search(r"\{([^{}]*,[^{}]*)\}", ours)
+    names = tuple(ours.replace(choice[0], part) for part in choice[1].split(",")) if choice else (ours,)
+    return stored, names, transform[0] if transform else "same"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@dataclass(frozen=True)
+class GGUFMap:
+    """How llama.cpp stores a family: its ``general.architecture``, the metadata as a config, the tensor names."""
+
+    architecture: str
+    read_config: Callable[[Config], dict[str, Any]]
+    """From GGUF metadata to the Hugging Face config that the family reads."""
+    keys: KeyMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the specs of one family map to Hugging Face files, and others."""
+
+    name: str
+    model_type: str
+    architecture: str
+    """The ``transformers`` class that ``architectures`` in config.json names."""
+    read_config: Callable[[Config], ModelSpec]
+    """Raises `InputError` for a key that changes the mathematics and is not understood."""
+    write_config: Callable[[ModelSpec], dict[str, Any]]
+    keys: KeyMap
+    gguf: GGUFMap | None = None
+
+
+class ConfigReader:
+    """Reads a config and remembers which keys were understood, so that none is dropped in silence."""
+
+    def __init__(self, config: Config, family: str) -> None:
+        self._config, self._family = config, family
+        self._seen: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``key``; a missing or null one is ``default``."""
+        self._seen.add(key)
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def require(self, key: str) -> Any:
+        """The value of ``key``.
+
+        Raises:
+            InputError: it is missing.
+        """
+        value = self.get(key)
+        if value is None:
+            raise InputError(f"the {self._family} config lacks {key!r}.")
+        return value
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Accept ``key`` only when it is missing, null or one of ``allowed``.
+
+        Raises:
+            InputError: it has another value, which zoo does not implement for this family.
+        """
+        value = self.get(key, allowed[0])
+        if value not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise InputError(f"the {self._family} config has {key} = {value!r}; zoo implements only {wanted}.")
+
+    def choose(self, key: str, choices: Mapping[str, str], default: str) -> str:
+        """Translate the value of ``key``.
+
+        Raises:
+            InputError: the value is none of ``choices``.
+        """
+        value = self.get(key, default)
+        if value not in choices:
+            raise InputError(f"the {self._family} config has {key} = {value!r}; zoo knows {', '.join(choices)}.")
+        return choices[value]
+
+    def finish(self, *harmless: str) -> None:
+        """Check that every key was read, is one of ``harmless``, or never changes the mathematics.
+
+        Raises:
+            InputError: a key is left over.
+        """
+        left = [k for k, v in self._config.items() if v is not None and k not in self._seen | HARMLESS_KEYS | set(harmless)]
+        if left:
+            shown = ", ".join(f"{key} = {self._config[key]!r}" for key in sorted(left))
+            raise InputError(
+                f"the {self._family} config has keys that zoo does not understand: {shown}.",
+                fix="If they do not change what the model computes, remove them from config.json.",
+            )
+
+
+HARMLESS_KEYS = frozenset(
+    """
+    architectures auto_map model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id
+    task_specific_params gradient_checkpointing output_attentions output_hidden_states return_dict
+    return_dict_in_generate torchscript use_bfloat16 tokenizer_class prefix problem_type id2label label2id num_labels
+    finetuning_task forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids
+    do_sample early_stopping max_length min_length max_new_tokens num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_return_sequences
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty remove_invalid_values output_scores
+    chunk_size_feed_forward keys_to_ignore_at_inference _attn_implementation_autoset _commit_hash
+    is_decoder is_encoder_decoder initializer_range unsloth_fixed unsloth_version transformers.js_config
+    pretraining_tp onnx language license
+    """.split()
+)
+"""Keys of config.json that never change the logits of a causal language model."""
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+"""Hugging Face's names of activations and ours."""
+
+
+def activation_name(activation: str) -> str:
+    """The Hugging Face name that a family writes for one of our activations, unless it has a reason for another."""
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)

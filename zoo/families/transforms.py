@@ -1,0 +1,112 @@
+"""How one stored tensor becomes one or several of ours, and back. Every transform is a bijection on values.
+
+Shape letters: D input width, N heads of the tensor at hand, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zoo.spec import ModelSpec
+
+Shape = tuple[int, ...]
+
+
+class Transform(Protocol):
+    """A stored tensor <-> our tensors, whose shapes are given."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        """Ours from the stored one; views where possible."""
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        """The stored one from ours."""
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        """Shape of the stored tensor."""
+
+
+class Same:
+    """Stored as it is."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        return [stored]
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        return ours[0]
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return shapes[0]
+
+
+class Rows:
+    """Several linears stacked along the output dimension: rows of q, then of k, then of v."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        return list(stored.split([shape[0] for shape in shapes]))
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        return torch.cat(list(ours))
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+class Transposed(Rows):
+    """As `Rows`, but each weight is stored (in, out), as GPT-2's Conv1D does. One linear or several; biases too."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        return super().split(stored.t(), shapes, spec)
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        return super().merge(ours, spec).t()
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return super().stored_shape(shapes, spec)[::-1]
+
+
+class HeadInterleaved:
+    """q, k and v of a head side by side, head after head: rows (N, 3, H), as GPT-NeoX stores them."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        by_head = stored.view(spec.n_heads, len(shapes), spec.d_head, *stored.shape[1:])
+        return [by_head[:, i].reshape(shape) for i, shape in enumerate(shapes)]
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        by_head = [t.reshape(spec.n_heads, spec.d_head, *t.shape[1:]) for t in ours]
+        return torch.stack(by_head, dim=1).reshape(-1, *ours[0].shape[1:])
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+class RopePaired:
+    """Rows of each head reordered so that rotary pairs are neighbours, as llama.cpp stores Llama's q and k.
+
+    Hugging Face keeps the two halves of a pair H/2 rows apart; row 2i of a stored head is row i of ours and row
+    2i + 1 is row H/2 + i (llama.cpp, ``LlamaModel.permute`` in convert_hf_to_gguf.py).
+    """
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        paired = stored.view(-1, spec.d_head // 2, 2, *stored.shape[1:])
+        return [paired.transpose(1, 2).reshape(stored.shape)]
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        halves = ours[0].reshape(-1, 2, spec.d_head // 2, *ours[0].shape[1:])
+        return halves.transpose(1, 2).reshape(ours[0].shape)
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return shapes[0]
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "same": Same(),
+    "rows": Rows(),
+    "transposed": Transposed(),
+    "head_interleaved": HeadInterleaved(),
+    "rope_paired": RopePaired(),
+}
+"""By the word that a key map uses for them."""

@@ -1,0 +1,1 @@
+"""Arithmetic over specs: parameters, memory, FLOPs. No torch."""
