@@ -1,0 +1,30 @@
+"""zoo: a model zoo for GPTs that people can extend. ``python -m zoo --help`` shows the commands."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.api import LanguageModel, build, load
+    from zoo.plugins import load_zoo
+    from zoo.spec import ModelSpec
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LanguageModel": "zoo.api",
+    "build": "zoo.api",
+    "load": "zoo.api",
+    "load_zoo": "zoo.plugins",
+    "ModelSpec": "zoo.spec",
+}
+
+__all__ = ["LanguageModel", "ModelSpec", "__version__", "build", "load", "load_zoo"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing zoo must stay free of torch: names are imported when they are used.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

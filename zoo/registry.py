@@ -287,12 +287,13 @@ def import_target(component: Component) -> Any:
     module, _, name = component.target.partition(":")
     whose = f"{component.kind} {component.name!r} ({component.origin})"
     try:
-        return getattr(importlib.import_module(module), name)
-    except AttributeError:
-        raise UnavailableError(f"{whose} points to {component.target!r}, which does not exist.") from None
+        imported = importlib.import_module(module)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnavailableError(f"{whose} can not be imported: {reason}.", fix=component.fix) from error
+    if not hasattr(imported, name):
+        raise UnavailableError(f"{whose} points to {component.target!r}, which does not exist.")
+    return getattr(imported, name)
 
 
 def _unmet_requirements(requirements: Iterable[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import FileFormatError
-from zoo.families.base import Family, KeyMap
+from zoo.families.base import Family, KeyMap, Rule
 from zoo.registry import Registry
 from zoo.spec import ModelSpec
 from zoo.text.tokenizer import Tokenizer
@@ -55,12 +55,14 @@ class Checkpoint:
     """Content of generation_config.json: ``eos_token_id`` and sampling defaults."""
     quantized: bool = False
     """Whether the stored tensors were dequantized to be read."""
+    companions: tuple[Path, ...] = ()
+    """Files to carry along as they are: tokenizer, chat template, generation config, licence."""
 
-    def parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Our parameters by name, in ``dtype`` if given, one stored tensor at a time.
+    def located(self) -> dict[str, Rule]:
+        """The rule of every stored tensor that holds weights.
 
         Raises:
-            FileFormatError: a tensor is missing, unknown, damaged or of another shape than the spec says.
+            FileFormatError: a tensor is missing, unknown, or of another shape than the spec says.
         """
         located = self.keys.locate(self.spec, self.tensors.names(), str(self.path))
         for stored, rule in located.items():
@@ -69,7 +71,11 @@ class Checkpoint:
                 raise FileFormatError(
                     f"{self.path}: tensor {stored!r} has shape {list(found)}; the config needs {list(rule.stored_shape)}."
                 )
-        for stored, rule in located.items():
+        return located
+
+    def parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Our parameters by name, in ``dtype`` if given, one stored tensor at a time. Raises as `located`."""
+        for stored, rule in self.located().items():
             yield from zip(rule.ours, rule.split(self.tensors.get(stored, dtype)), strict=True)
 
 

@@ -1,0 +1,192 @@
+"""Every built-in model entry against `transformers` on the meta device, and against what its publishers say of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may ask the hub
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zoo.families.base import Family
+from zoo.plan.parameters import count_parameters
+from zoo.plugins import PluginSelection, load_zoo
+from zoo.registry import ModelEntry, Registry
+from zoo.spec import ModelSpec
+
+REGISTRY: Registry = load_zoo(PluginSelection(frozenset())).registry
+ENTRIES: dict[str, ModelEntry] = dict(REGISTRY.models())
+
+every_entry = pytest.mark.parametrize("name", ENTRIES)
+
+
+def family_of(name: str) -> Family:
+    family = REGISTRY.load("family", ENTRIES[name].family)
+    assert isinstance(family, Family)
+    return family
+
+
+def reference_tensors(config: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the `transformers` model under the first of its names, as a safetensors file would hold it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    first_name: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for tensor_name, tensor in tensors.items():
+        first_name.setdefault(id(tensor), tensor_name)
+    return {tensor_name: tensors[tensor_name] for tensor_name in first_name.values()}
+
+
+@every_entry
+def test_the_exported_config_gives_the_same_tensors_in_transformers(name: str) -> None:
+    family, spec = family_of(name), ENTRIES[name].spec
+    config = family.write_config(spec)
+    assert config["architectures"] == [family.architecture]
+
+    reference = reference_tensors(AutoConfig.for_model(**config))
+
+    ours = {rule.stored: rule.stored_shape for rule in family.keys.rules(spec)}
+    assert {tensor_name: tuple(tensor.shape) for tensor_name, tensor in reference.items()} == ours
+    assert sum(tensor.numel() for tensor in reference.values()) == count_parameters(spec)
+
+
+@every_entry
+def test_the_exported_config_reads_back_as_the_same_spec(name: str) -> None:
+    family, spec = family_of(name), ENTRIES[name].spec
+    config = family.write_config(spec)
+
+    assert family.read_config(config) == spec
+    resaved = AutoConfig.for_model(**config).to_dict()  # in transformers' own spelling, its defaults filled in
+    assert family.read_config(resaved) == spec
+
+
+@every_entry
+def test_an_entry_says_where_the_weights_are_and_under_which_licence(name: str) -> None:
+    entry = ENTRIES[name]
+    assert entry.license
+    assert entry.help
+    assert entry.sources
+    for source in entry.sources:
+        assert re.fullmatch(r"hf:[\w.-]+/[\w.-]+|pypi:[\w.-]+==[\w.]+/[\w./-]+#sha256=[0-9a-f]{64}", source), source
+
+
+def test_no_two_entries_share_a_source() -> None:
+    sources = [source for entry in ENTRIES.values() for source in entry.sources]
+    assert len(set(sources)) == len(sources)
+
+
+def test_names_are_listed_once_and_sorted() -> None:
+    names = [name for name, _ in REGISTRY.models()]
+    assert names == sorted(set(names))
+    assert not [name for name in names if name.startswith("_")]
+
+
+def test_the_models_that_users_ask_for_are_there() -> None:
+    assert len(ENTRIES) >= 90
+    assert {"gpt2", "pythia-70m", "stablelm-base-alpha-3b", "llama-3.2-1b", "smollm2-135m-instruct"} <= set(ENTRIES)
+
+
+PUBLISHED_COUNTS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "distilgpt2": 81_912_576,
+    "gpt-neox-20b": 20_554_567_680,
+    "pythia-14m": 14_067_712,
+    "pythia-31m": 30_494_720,
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320,
+    # The README's 3,638,525,952 and 7,869,358,080 count what 4 and 2 tensor-parallel ranks replicate once per rank.
+    "stablelm-base-alpha-3b": 3_638_525_952 - 3 * (16 * 6 * 4096 + 2 * 4096),
+    "stablelm-base-alpha-7b": 7_869_358_080 - 1 * (16 * 6 * 6144 + 2 * 6144),
+    "redpajama-incite-base-3b-v1": 2_775_864_320,
+    "redpajama-incite-7b-base": 6_857_302_016,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "open-llama-3b": 3_426_473_600,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+"""Parameters as model cards and safetensors headers state them, tied ones once: one model of each shape."""
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED_COUNTS.items())
+def test_the_count_is_the_published_one(name: str, count: int) -> None:
+    assert count_parameters(ENTRIES[name].spec) == count
+
+
+def rope_base(spec: ModelSpec) -> float | None:
+    return spec.rope.base if spec.rope else None
+
+
+def rotary_share(spec: ModelSpec) -> float | None:
+    return spec.rope.n_dims / spec.d_head if spec.rope else None
+
+
+def rope_scaling(spec: ModelSpec) -> tuple[str, float] | None:
+    return (spec.rope.scaling.kind, spec.rope.scaling.factor) if spec.rope and spec.rope.scaling else None
+
+
+SIBLINGS_DIFFER: list[tuple[str, Callable[[ModelSpec], object], object]] = [
+    ("gpt-neox-20b", lambda s: s.activation, "gelu_tanh"),
+    ("pythia-12b", lambda s: s.activation, "gelu"),
+    ("pythia-12b", lambda s: s.block, "parallel"),
+    ("pythia-1b", rotary_share, 0.25),
+    ("redpajama-incite-chat-3b-v1", lambda s: s.block, "sequential"),
+    ("redpajama-incite-7b-chat", rotary_share, 1.0),
+    ("stablelm-tuned-alpha-7b", lambda s: s.max_seq_len, 4096),
+    ("dolly-v2-12b", lambda s: s.vocab_size, 50280),
+    ("llama-30b", lambda s: s.norm_eps, 1e-6),
+    ("llama-65b", lambda s: s.norm_eps, 1e-5),
+    ("open-llama-3b", lambda s: s.norm_eps, 1e-6),
+    ("llama-2-7b-chat", lambda s: s.norm_eps, 1e-5),
+    ("codellama-13b-instruct", rope_base, 1e6),
+    ("codellama-13b-instruct", lambda s: s.vocab_size, 32016),
+    ("codellama-13b-python", lambda s: s.vocab_size, 32000),
+    ("codellama-34b", lambda s: s.vocab_size, 32000),
+    ("vicuna-13b-v1.5", rope_scaling, None),
+    ("vicuna-13b-v1.5-16k", rope_scaling, ("linear", 4.0)),
+    ("llama-3-8b", rope_scaling, None),
+    ("llama-3.1-8b", rope_scaling, ("llama3", 8.0)),
+    ("llama-3.1-8b", lambda s: s.tie_embeddings, False),
+    ("llama-3.2-3b", rope_scaling, ("llama3", 32.0)),
+    ("llama-3.2-3b", lambda s: s.tie_embeddings, True),
+    ("llama-3.3-70b-instruct", rope_base, 5e5),
+    ("smollm-135m", rope_base, 1e4),
+    ("smollm2-135m", rope_base, 1e5),
+    ("smollm2-1.7b", rope_base, 1.3e5),
+    ("smollm2-1.7b-instruct", lambda s: s.init_std, 0.02),
+]
+"""Where one model departs from its siblings in a value that no tensor's shape shows, and inheritance may get wrong."""
+
+
+@pytest.mark.parametrize(("name", "value_of", "expected"), SIBLINGS_DIFFER)
+def test_what_shapes_do_not_show(name: str, value_of: Callable[[ModelSpec], object], expected: object) -> None:
+    assert value_of(ENTRIES[name].spec) == expected

@@ -1,0 +1,247 @@
+"""The Python API: load a model and use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from zoo.attention.base import AttentionRequest, choose_attention
+from zoo.convert.base import Checkpoint
+from zoo.convert.load import load_model, open_checkpoint
+from zoo.errors import InputError, UnavailableError
+from zoo.families.base import Family
+from zoo.generate.chat import Conversation
+from zoo.generate.decode import Reply, Session
+from zoo.generate.sampling import SamplingOptions
+from zoo.models.gpt import GPT
+from zoo.models.init import init_weights
+from zoo.plugins import load_zoo
+from zoo.precision.base import choose_precision
+from zoo.registry import Registry
+from zoo.sources.base import FetchOptions
+from zoo.sources.resolve import resolve_model
+from zoo.spec import ModelSpec
+from zoo.text.chat import Message
+from zoo.text.tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@lru_cache(maxsize=1)
+def default_registry() -> Registry:
+    """The registry of what is installed, built once a process."""
+    return load_zoo().registry
+
+
+def checkpoints_directory() -> Path:
+    """Where weights are kept: ``ZOO_CHECKPOINTS``, or ``checkpoints`` in the working directory."""
+    return Path(os.environ.get("ZOO_CHECKPOINTS", "checkpoints"))
+
+
+@dataclass
+class LanguageModel:
+    """A model with its weights, its tokenizer and what its files say about generation."""
+
+    model: GPT
+    checkpoint: Checkpoint
+    precision: str
+    attention: str
+    device: torch.device
+    notes: list[str]
+    """What ``auto`` chose, and why."""
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._session: Session | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture."""
+        return self.checkpoint.spec
+
+    @property
+    def family(self) -> Family:
+        """How it maps to the outside."""
+        return self.checkpoint.family
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            FileFormatError: the model came without one.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text, from generation_config.json, config.json and the tokenizer, in this order."""
+        for found in (self.checkpoint.generation.get("eos_token_id"), self.checkpoint.config.get("eos_token_id")):
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+        return frozenset() if self.tokenizer.eos_id is None else frozenset({self.tokenizer.eos_id})
+
+    def sampling(self, **given: Any) -> SamplingOptions:
+        """Sampling options: what is given (not ``None``), then what generation_config.json says, then the defaults."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        options = {name: self.checkpoint.generation.get(name) for name in names}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return SamplingOptions(**{name: value for name, value in options.items() if value is not None})
+
+    def session(self) -> Session:
+        """A new sequence with a cache of its own."""
+        return Session(self.model, self.tokenizer, self.stop_ids)
+
+    def conversation(self, *, system: str | None = None) -> Conversation:
+        """A new conversation."""
+        return Conversation(self.session(), system=system)
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Reply: ...
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Reply:
+        """Continue ``prompt``; returns the new text, or with ``stream`` a `Reply` to iterate over.
+
+        Args:
+            max_new_tokens: by default 128, or what the context has room for.
+            stop: strings before which the text ends.
+            sampling: fields of `SamplingOptions`; ``temperature=0`` is greedy.
+
+        Raises:
+            InputError: the prompt is empty, the request exceeds the context, or an option is out of range.
+        """
+        ids = self.tokenizer.encode(prompt)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.spec.max_seq_len - len(ids)))
+        if self._session is None:
+            self._session = self.session()
+        options = self.sampling(**sampling)
+        reply = self._session.reply(ids, max_new_tokens=max_new_tokens, sampling=options, stop=stop)
+        return reply if stream else reply.read().text
+
+    def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **sampling: Any) -> str:
+        """The assistant's answer to a conversation. Options as for `generate`.
+
+        Raises:
+            InputError: the model has no chat template, or the conversation exceeds the context.
+        """
+        if not messages:
+            raise InputError("the conversation is empty.", fix='Give [{"role": "user", "content": "..."}].')
+        ids = self.tokenizer.encode_chat(messages)
+        limit = max_new_tokens or max(1, self.spec.max_seq_len - len(ids))
+        if self._session is None:
+            self._session = self.session()
+        return self._session.reply(ids, max_new_tokens=limit, sampling=self.sampling(**sampling)).read().text
+
+
+def load(
+    model: str | Path,
+    *,
+    precision: str = "auto",
+    attention: str = "auto",
+    device: str = "auto",
+    fetch: FetchOptions | None = None,
+    registry: Registry | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> LanguageModel:
+    """Load a model for inference.
+
+    Args:
+        model: a registry name, a model directory, a GGUF file, or a source such as ``hf:org/name``. What is not there
+            yet is downloaded to `checkpoints_directory`.
+        precision: a registered precision; ``auto`` takes the stored one where the device computes in it.
+        attention: a registered backend; ``auto`` takes the first that can serve the model.
+        device: ``auto`` (cuda, mps or cpu), or a torch device.
+        fetch: revision, token and offline mode for downloads.
+        report: called with a line when something takes long.
+
+    Raises:
+        InputError: the model is unknown or damaged, or its config is not understood.
+        UnavailableError: a choice can not be used on this machine.
+    """
+    registry = registry or default_registry()
+    options = fetch or FetchOptions()
+    found = resolve_model(
+        str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report
+    )
+    checkpoint = open_checkpoint(found.path, registry)
+    target = choose_device(device)
+    stored = checkpoint.tensors.dtype(checkpoint.tensors.names()[0])
+    chosen = choose_precision(
+        precision, stored=stored, quantized=checkpoint.quantized, device=target.type, registry=registry
+    )
+    request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype)
+    backend = choose_attention(attention, request, registry)
+    notes = [f"{name} attention was not possible: {'; '.join(why)}" for name, why in backend.rejected.items()]
+    loaded = load_model(checkpoint, backend.backend, dtype=chosen.param_dtype, device=target)
+    return LanguageModel(loaded, checkpoint, chosen.name, backend.name, target, notes)
+
+
+def build(
+    model: str | ModelSpec,
+    *,
+    attention: str = "auto",
+    seed: int | None = None,
+    registry: Registry | None = None,
+    **overrides: Any,
+) -> GPT:
+    """A randomly initialised model (float32, CPU).
+
+    Args:
+        model: a registry name, or a spec.
+        overrides: fields of the spec to change; what the registry entry derives (head size, ffn width) follows.
+
+    Raises:
+        InputError: the name or a field is unknown, or a value is out of range.
+    """
+    registry = registry or default_registry()
+    if isinstance(model, ModelSpec):
+        spec = ModelSpec.from_dict({**model.to_dict(), **overrides})
+    else:
+        spec = ModelSpec.from_dict({**registry.model(model).spec_values, **overrides})
+    request = AttentionRequest.of(spec, device="cpu", dtype=torch.float32, training=True)
+    built = GPT(spec, choose_attention(attention, request, registry).backend)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    init_weights(built, generator)
+    return built
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for ``auto`` cuda, then mps, then cpu.
+
+    Raises:
+        InputError: torch knows no such device.
+        UnavailableError: this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"there is no device {name!r}.", fix="Take auto, cpu, cuda, cuda:1 or mps.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no NVIDIA GPU was found"
+        raise UnavailableError(f"device {name!r} can not be used: {why}.", fix="Take --device cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(f"device {name!r} can not be used: there are {torch.cuda.device_count()} GPUs.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UnavailableError("device 'mps' can not be used: it needs an Apple GPU.", fix="Take --device cpu or auto.")
+    return device

@@ -1,0 +1,41 @@
+"""torch's fused scaled-dot-product attention.
+
+Shape letters: B batch, T query tokens, S key/value tokens, N query heads, K kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.attention.base import AttentionRequest
+from zoo.models.masks import Mask
+
+
+class SDPA:
+    """`torch.nn.functional.scaled_dot_product_attention`: any device, dtype and mask."""
+
+    def supports(self, request: AttentionRequest) -> list[str]:
+        """Everything."""
+        return []
+
+    def __call__(
+        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+    ) -> Tensor:
+        """Builds a dense mask only where neither ``is_causal`` nor no mask at all says the same."""
+        n_queries, n_keys = q_BTNH.shape[1], k_BSKH.shape[1]
+        # torch aligns is_causal to the first key, zoo to the last: they agree only for a square.
+        square_causal = mask.is_plain and mask.causal and n_queries == n_keys
+        sees_all = mask.is_plain and (n_queries == 1 or not mask.causal)
+        dense = None if square_causal or sees_all else mask.dense(n_queries, n_keys, q_BTNH.device)
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BTNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            attn_mask=dense,
+            dropout_p=dropout_p,
+            is_causal=square_causal and n_queries > 1,
+            scale=scale,
+            enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
+        )
+        return out_BNTH.transpose(1, 2)

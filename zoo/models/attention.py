@@ -1,0 +1,63 @@
+"""Multi-head attention with grouped kv heads; what happens between q, k, v and the result is the backend's.
+
+Shape letters: B batch, T query tokens, S key/value tokens, N query heads, K kv heads, H head size, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from zoo.models.cache import KVCache
+from zoo.models.masks import Mask
+from zoo.models.positions import build_rotate
+from zoo.models.rope import Rotation
+from zoo.spec import ModelSpec
+
+
+class Attend(Protocol):
+    """What the model asks of an attention backend."""
+
+    def __call__(
+        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+    ) -> Tensor:
+        """Attention of the last T of S tokens, (B, T, N, H) in q's dtype. A row that sees no key is zero."""
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer. ``q``, ``k`` and ``v`` are linears of their own, so adapters need no layout."""
+
+    def __init__(self, spec: ModelSpec, layer: int, attend: Attend) -> None:
+        super().__init__()
+        q_width, kv_width = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
+        self.q = nn.Linear(spec.d_model, q_width, bias=spec.qkv_bias)
+        self.k = nn.Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
+        self.v = nn.Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
+        self.out = nn.Linear(q_width, spec.d_model, bias=spec.attn_out_bias)
+        self.attend = attend
+        self.layer = layer
+        self.d_head = spec.d_head
+        self.dropout_p = spec.attn_dropout
+        self.scale = attention_scale(spec, layer)
+        self.rotate = build_rotate(spec)
+
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+        """Returns (B, T, D)."""
+        q_BTNH = self.rotate(self._heads(self.q(x_BTD)), rotation)
+        k_BSKH = self.rotate(self._heads(self.k(x_BTD)), rotation)
+        v_BSKH = self._heads(self.v(x_BTD))
+        if cache is not None:
+            k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=self.scale, dropout_p=dropout_p)
+        return self.out(y_BTNH.flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.d_head))
+
+
+def attention_scale(spec: ModelSpec, layer: int) -> float:
+    """The factor on the scores of a layer (counted from 0)."""
+    scale = spec.d_head**-0.5 if spec.attn_scale is None else spec.attn_scale
+    return scale / (layer + 1) if spec.attn_scale_by_layer else scale

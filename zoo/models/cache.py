@@ -1,0 +1,60 @@
+"""The key/value cache: an argument of the forward pass, never a state of the model.
+
+Shape letters: B batch, T new tokens, S tokens held, K kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.spec import ModelSpec
+
+
+class KVCache:
+    """Preallocated keys and values of every layer.
+
+    Args:
+        capacity: tokens per row it can hold.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, capacity: int, batch: int = 1, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (batch, capacity, spec.n_kv_heads, spec.d_head)
+        self.capacity = capacity
+        self.length = 0
+        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.n_layers)]
+        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.n_layers)]
+
+    def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns all that the layer holds, new ones included, as views."""
+        end = self.length + k_BTKH.shape[1]
+        assert end <= self.capacity, f"cache of {self.capacity} tokens can not hold {end}"
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, self.length : end] = k_BTKH
+        values[:, self.length : end] = v_BTKH
+        return keys[:, :end], values[:, :end]
+
+    def advance(self, n_tokens: int) -> None:
+        """Count ``n_tokens`` that every layer has stored."""
+        self.length += n_tokens
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least ``capacity`` tokens per row; what is held stays."""
+        if capacity <= self.capacity:
+            return
+        capacity = max(capacity, 2 * self.capacity)
+        self._keys = [self._grown(held, capacity) for held in self._keys]
+        self._values = [self._grown(held, capacity) for held in self._values]
+        self.capacity = capacity
+
+    def _grown(self, held: Tensor, capacity: int) -> Tensor:
+        grown = held.new_empty(held.shape[0], capacity, *held.shape[2:])
+        grown[:, : self.length] = held[:, : self.length]
+        return grown
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``."""
+        assert 0 <= length <= self.length
+        self.length = length

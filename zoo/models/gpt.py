@@ -1,0 +1,89 @@
+"""The decoder. Read this first, then `block`.
+
+Shape letters: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.models.attention import Attend
+from zoo.models.block import BLOCKS
+from zoo.models.cache import KVCache
+from zoo.models.masks import CAUSAL, Mask
+from zoo.models.norm import build_norm
+from zoo.models.positions import build_positions
+from zoo.spec import ModelSpec
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer, assembled from a spec.
+
+    Args:
+        spec: its architecture.
+        attend: the attention backend that every layer calls.
+    """
+
+    def __init__(self, spec: ModelSpec, attend: Attend) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.positions = build_positions(spec)
+        self.dropout = nn.Dropout(spec.embed_dropout)
+        self.blocks = nn.ModuleList(BLOCKS[spec.block](spec, i, attend) for i in range(spec.n_layers))
+        self.norm = build_norm(spec)
+        self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=spec.head_bias)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight, if the spec says so. Needed after weights are replaced."""
+        if self.spec.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        mask: Mask = CAUSAL,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits for the next token.
+
+        Args:
+            tokens_BT: int64 ids. With a cache they follow the tokens that it holds.
+            positions_BT: int64 positions; by default they count up from the cache's length.
+            mask: which keys each token may see.
+            cache: read, extended by T tokens and advanced.
+            last_only: compute the logits of the last position only, as prefill needs.
+
+        Returns:
+            Logits (B, T, V), or (B, 1, V), in the dtype of the weights.
+        """
+        hidden_BTD = self.hidden(tokens_BT, positions_BT=positions_BT, mask=mask, cache=cache)
+        logits: Tensor = self.head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
+        return logits
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        mask: Mask = CAUSAL,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normalized residual stream (B, T, D) that the head projects. Arguments as in `forward`."""
+        n_tokens = tokens_BT.shape[1]
+        if positions_BT is None:
+            start = cache.length if cache is not None else 0
+            positions_BT = torch.arange(start, start + n_tokens, device=tokens_BT.device)[None]
+        x_BTD, rotation = self.positions(self.embed(tokens_BT), positions_BT)
+        x_BTD = self.dropout(x_BTD)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotation, mask, cache)
+        if cache is not None:
+            cache.advance(n_tokens)
+        normed_BTD: Tensor = self.norm(x_BTD)
+        return normed_BTD

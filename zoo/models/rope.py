@@ -1,0 +1,56 @@
+"""Rotary position embedding (arXiv 2104.09864) and its stretched variants.
+
+Shape letters: B batch, T tokens, N heads, H head size, R rotary dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.spec import RopeScaling, RopeSpec
+
+Rotation = tuple[Tensor, Tensor]
+"""cos_BT1r and sin_BT1r, r = R/2: one angle per rotated pair, the same for every head."""
+
+
+def rotary_frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
+    """Radians per position for each of the R/2 pairs, float32."""
+    exponents = torch.arange(0, rope.n_dims, 2, device=device, dtype=torch.float32) / rope.n_dims
+    frequencies = 1.0 / (rope.base**exponents)
+    return _scaled(frequencies, rope.scaling) if rope.scaling else frequencies
+
+
+def rotation_at(rope: RopeSpec, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines for integer positions. Angles are float32: bfloat16 positions would be off by radians."""
+    angles_BT1r = positions_BT[..., None, None].float() * rotary_frequencies(rope, positions_BT.device)
+    return angles_BT1r.cos().to(dtype), angles_BT1r.sin().to(dtype)
+
+
+def rotate_halves(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate dimension i with dimension i + R/2; dimensions from R on pass through."""
+    cos, sin = rotation
+    r = cos.shape[-1]
+    first, second, rest = x_BTNH[..., :r], x_BTNH[..., r : 2 * r], x_BTNH[..., 2 * r :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def rotate_pairs(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate dimension 2i with dimension 2i + 1; dimensions from R on pass through."""
+    cos, sin = rotation
+    r = cos.shape[-1]
+    even, odd, rest = x_BTNH[..., 0 : 2 * r : 2], x_BTNH[..., 1 : 2 * r : 2], x_BTNH[..., 2 * r :]
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, rest), dim=-1)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_seq_len / wavelengths  # rotations within the context that was trained on
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1.0 - blend) * frequencies / scaling.factor + blend * frequencies

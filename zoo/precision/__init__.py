@@ -1,0 +1,1 @@
+"""Dtype policies: in which dtype weights are held and arithmetic runs."""
