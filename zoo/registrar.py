@@ -141,4 +141,5 @@ def read_registry_file(path: Path) -> dict[str, dict[str, Any]]:
     for name, entry in data["models"].items():
         if not isinstance(entry, dict):
             raise InputError(f"model {name!r} in {path} must be a mapping, not {entry!r}.")
-    return data["models"]
+    models: dict[str, dict[str, Any]] = data["models"]
+    return models

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from zoo.errors import InputError, UnavailableError, UnknownNameError
@@ -175,7 +175,7 @@ class Registry:
     def has_model(self, ref: str) -> bool:
         """Whether ``ref`` is the name of a listed model."""
         name = ref.rpartition("/")[2]
-        return name in self._items["model"] and any(r == ref or name == ref for r, _ in self.items("model"))
+        return name in self._items["model"] and any(ref in (r, name) for r, _ in self.items("model"))
 
     def match(self, kind: str, outside_name: str) -> Component | None:
         """The component that declares ``outside_name`` in its ``matches``; built-ins first."""
@@ -183,8 +183,10 @@ class Registry:
         own = [c for c in found if c.origin.distribution == BUILT_IN]
         if len(found) > 1 and not own:
             owners = " and ".join(f"{c.name!r} of {c.origin}" for c in found)
-            raise InputError(f"{outside_name!r} is claimed by the {KINDS[kind]} {owners}.", fix="Switch one off: -p no:NAME.")
-        return (own or found or [None])[0]
+            raise InputError(
+                f"{outside_name!r} is claimed by the {KINDS[kind]} {owners}.", fix="Switch one off: -p no:NAME."
+            )
+        return next(iter(own or found), None)
 
     def load(self, kind: str, ref: str) -> Any:
         """Import and return what the component points to.
@@ -205,7 +207,9 @@ class Registry:
         if distribution:
             bucket = [item for item in bucket if item.origin.distribution == distribution]
         if not bucket:
-            raise UnknownNameError(kind, ref, [r for r, _ in self.items(kind) if not r.startswith("_")], fix=self._where_to_look(kind))
+            raise UnknownNameError(
+                kind, ref, [r for r, _ in self.items(kind) if not r.startswith("_")], fix=self._where_to_look(kind)
+            )
         if len(bucket) > 1 and bucket[0].origin.distribution != BUILT_IN:
             origins = " and ".join(str(item.origin) for item in bucket)
             spellings = " or ".join(f"{item.origin.distribution}/{name}" for item in bucket)
@@ -322,7 +326,7 @@ def _unmet_needs(needs: DeviceNeeds | None) -> Iterator[str]:
     import platform
 
     present = {
-        "cuda": os.path.exists("/proc/driver/nvidia/version") or platform.system() == "Windows",
+        "cuda": Path("/proc/driver/nvidia/version").exists() or platform.system() == "Windows",
         "mps": platform.system() == "Darwin" and platform.machine() == "arm64",
     }
     if not present[needs.accelerator]:

@@ -118,7 +118,9 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `from_dict` builds an equal spec; values equal to their default are left out."""
         plain = asdict(self)
-        kept = {f.name: plain[f.name] for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default}
+        kept = {
+            f.name: plain[f.name] for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default
+        }
         if kept.get("rope") and kept["rope"]["scaling"] is None:
             del kept["rope"]["scaling"]
         return kept

@@ -68,8 +68,9 @@ class Checkpoint:
         for stored, rule in located.items():
             found = self.tensors.shape(stored)
             if found != rule.stored_shape:
+                expected = list(rule.stored_shape)
                 raise FileFormatError(
-                    f"{self.path}: tensor {stored!r} has shape {list(found)}; the config needs {list(rule.stored_shape)}."
+                    f"{self.path}: tensor {stored!r} has shape {list(found)}; the config needs {expected}."
                 )
         return located
 

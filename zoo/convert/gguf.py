@@ -1,28 +1,16 @@
-"""llama.cpp's GGUF files: metadata, then aligned tensors, of which most are usually quantized in blocks.
-
-The header is parsed here rather than by ``gguf.GGUFReader``, which makes a numpy array of every token (1.5 s and
-130 MB for a vocabulary of 49k) and does not end on a damaged count. Layout and limits: ggml's docs/gguf.md, gguf.cpp.
-"""
+"""llama.cpp's GGUF files as checkpoints: family by architecture, config from metadata, tensors dequantized."""
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
-from torch import Tensor
 
 from zoo.convert.base import Checkpoint
+from zoo.convert.gguf_file import GGUFTensors, begins_as_gguf
 from zoo.errors import FileFormatError, InputError, UnavailableError
 from zoo.families.base import Family
 from zoo.registry import BUILT_IN, Registry
@@ -54,26 +42,30 @@ class GGUF:
         if path.is_dir() and (path / "config.json").exists():
             return False
         try:
-            return _locate(path) is not None
-        except InputError:
+            _locate(path)
+        except FileFormatError:
             return False
+        return True
 
     def open(self, path: Path, registry: Registry) -> Checkpoint:
         """Open a GGUF file; tensors are read when asked for.
 
         Raises:
             FileFormatError: it is damaged, truncated, or holds something that is not understood.
-            InputError: its architecture is one that no registered family reads, or it has settings that the family lacks.
+            InputError: no registered family reads its architecture, or it has settings that the family does not know.
         """
         path = _locate(path)
         tensors = GGUFTensors(path)
         metadata = tensors.metadata
-        _refuse_fragments(path, metadata)
+        with _naming(path):
+            _refuse_fragments(metadata)
         family = _family(path, metadata.get("general.architecture"), registry)
         assert family.gguf is not None
         with _naming(path):
             config = _config(metadata, tensors, family)
             spec = family.read_config(config)
+            if spec.n_layers > len(tensors.names()):
+                raise FileFormatError(f"it says that it has {spec.n_layers} layers, but holds fewer tensors.")
 
         def load_tokenizer() -> Tokenizer:
             with _naming(path):
@@ -95,39 +87,36 @@ class GGUF:
 def _locate(path: Path) -> Path:
     """The GGUF file that ``path`` means."""
     if not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise FileFormatError(f"{path} does not exist.")
-        if not _begins_as_gguf(path):
+        if not begins_as_gguf(path):
             raise FileFormatError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
         return path
-    found = [file for file in sorted(path.glob("*.gguf")) if file.is_file() and _begins_as_gguf(file)]
+    found = [file for file in sorted(path.glob("*.gguf")) if begins_as_gguf(file)]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise FileFormatError(f"{path} must hold exactly one GGUF file; it holds {names}.", fix="Name the file itself.")
     return found[0]
 
 
-def _begins_as_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
-
-
-def _refuse_fragments(path: Path, metadata: Mapping[str, Any]) -> None:
+def _refuse_fragments(metadata: Mapping[str, Any]) -> None:
     if metadata.get("split.count", 0) > 1:
         raise InputError(
-            f"{path} is one of {metadata['split.count']} pieces of a model.",
+            f"it is one of {metadata['split.count']} pieces of a model.",
             fix="Put them together first: llama-gguf-split --merge FIRST_PIECE OUTPUT.",
         )
     if metadata.get("general.type", "model") != "model":
-        raise InputError(f"{path} holds no model but {metadata['general.type']!r}.")
+        raise InputError(f"it holds no model but a thing of type {metadata['general.type']!r}.")
 
 
 def _family(path: Path, architecture: Any, registry: Registry) -> Family:
     """The family that reads ``architecture``; zoo's own first, and those that do not load are passed over."""
     known, broken = [], []
-    for ref, component in sorted(registry.components("family"), key=lambda item: item[1].origin.distribution != BUILT_IN):
+    components = list(registry.components("family"))
+    components.sort(key=lambda item: item[1].origin.distribution != BUILT_IN)
+    for ref, _ in components:
         try:
-            family: Family = registry.load("family", component.name if ref == component.name else ref)
+            family: Family = registry.load("family", ref)
         except UnavailableError:
             broken.append(ref)
             continue

@@ -24,9 +24,9 @@ from zoo.errors import FileFormatError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MAX_DIMS = 4
-_CHUNK = 1 << 20
-"""Values dequantized at a time: what is needed on top of the result stays small."""
+_MAX_DIMS = 4  # GGML_MAX_DIMS
+_CHUNK = 1 << 15
+"""Values dequantized at a time, a multiple of every block size. Larger arrays leave the cache and malloc's pool."""
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -47,6 +47,7 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 _LENGTH = struct.Struct("<Q")
+_TRUNCATED = "it is truncated, or a length in its header is wrong"
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class GGUFTensors:
         cursor = _Cursor(self._data, path)
         try:
             self.metadata, self._stored = _read_header(cursor)
-        except (struct.error, ValueError) as error:  # text that is no UTF-8, a type that nobody knows
-            raise cursor.damaged(str(error)) from None
+        except struct.error:
+            raise cursor.damaged(_TRUNCATED) from None
+        except (LookupError, ValueError) as error:  # text that is no UTF-8, a type of value that nobody knows
+            raise cursor.damaged(f"near byte {cursor.at}, {error}") from None
         self.quantized = any(stored.kind not in _PLAIN for stored in self._stored.values())
 
     def names(self) -> list[str]:
@@ -103,10 +106,9 @@ class GGUFTensors:
             return plain if dtype is None else plain.to(dtype)
         block, block_bytes = GGML_QUANT_SIZES[stored.kind]
         flat = torch.empty(prod(stored.shape), dtype=dtype or torch.float32)
-        for start in range(0, flat.numel(), _CHUNK):  # blocks are independent, and their sizes divide the chunk's
+        for start in range(0, flat.numel(), _CHUNK):
             piece = raw[start // block * block_bytes : (start + _CHUNK) // block * block_bytes]
-            values = dequantize(piece.reshape(-1, block_bytes), stored.kind)
-            flat[start : start + _CHUNK] = torch.from_numpy(values).view(-1)
+            flat[start : start + _CHUNK] = torch.from_numpy(dequantize(piece, stored.kind))
         return flat.view(stored.shape)
 
     def _find(self, name: str) -> _Stored:
@@ -128,7 +130,7 @@ class _Cursor:
         """Move past ``n_bytes`` and return where they begin."""
         start, self.at = self.at, self.at + n_bytes
         if self.at > len(self.data):
-            raise self.damaged("it is truncated, or a length in its header is wrong")
+            raise self.damaged(_TRUNCATED)
         return start
 
     def numbers(self, code: str, count: int) -> tuple[Any, ...]:
@@ -147,7 +149,7 @@ class _Cursor:
         for _ in range(count):
             end = at + 8 + _LENGTH.unpack_from(data, at)[0]
             if end > len(data):
-                raise self.damaged("it is truncated, or the length of a text in it is wrong")
+                raise self.damaged(_TRUNCATED)
             found.append(data[at + 8 : end].decode())
             at = end
         self.at = at
@@ -166,10 +168,18 @@ class _Cursor:
         return float(str(np.float32(value))) if kind == GGUFValueType.FLOAT32 else value
 
 
-def _map(path: Path) -> mmap.mmap:
+def begins_as_gguf(path: Path) -> bool:
+    """Whether ``path`` is a file whose first four bytes are GGUF's."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        if file.read(4) != _MAGIC:
-            raise FileFormatError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def _map(path: Path) -> mmap.mmap:
+    if not begins_as_gguf(path):
+        raise FileFormatError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+    with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
@@ -178,11 +188,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
     cursor.take(4)
     version, n_tensors, n_values = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in _VERSIONS:
-        swapped = version & 0xFFFF == 0
-        raise FileFormatError(
-            f"{cursor.path} is "
-            + ("a big-endian GGUF file, which zoo does not read." if swapped else f"GGUF version {version}; zoo reads 2 and 3.")
-        )
+        found = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+        raise FileFormatError(f"{cursor.path} is a GGUF file {found}; zoo reads little-endian ones of version 2 and 3.")
     metadata: dict[str, Any] = {}
     for _ in range(n_values):
         key = cursor.string()
@@ -220,17 +227,21 @@ def _read_tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str,
 
 
 def _kind(cursor: _Cursor, name: str, number: int) -> GGMLQuantizationType:
-    known = number in GGMLQuantizationType
-    if known and _can_dequantize(GGMLQuantizationType(number)):
-        return GGMLQuantizationType(number)
-    spelled = GGMLQuantizationType(number).name if known else f"number {number}"
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        spelled = f"number {number}"
+    else:
+        if _can_dequantize(kind):
+            return kind
+        spelled = kind.name
     raise FileFormatError(f"{cursor.path}: tensor {name!r} is of type {spelled}, which zoo can not read.")
 
 
 @cache
 def _can_dequantize(kind: GGMLQuantizationType) -> bool:
     try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        dequantize(np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8), kind)
     except NotImplementedError:
         return False
     return True

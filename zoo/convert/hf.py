@@ -111,7 +111,9 @@ def _open_weights(directory: Path) -> SafetensorsReader:
     if not files:
         raise FileFormatError(f"{directory} has no weights.", fix=_no_weights_remedy(directory))
     if len(files) > 1:
-        raise FileFormatError(f"{directory} has {len(files)} safetensors files but no {INDEX}.", fix="Download it again.")
+        raise FileFormatError(
+            f"{directory} has {len(files)} safetensors files but no {INDEX}.", fix="Download it again."
+        )
     return SafetensorsReader.from_files(files)
 
 

@@ -40,7 +40,9 @@ def open_checkpoint(path: Path, registry: Registry, *, format_name: str | None =
     return next(iter(readers.values())).open(path, registry)
 
 
-def load_model(checkpoint: Checkpoint, attend: Attend, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> GPT:
+def load_model(
+    checkpoint: Checkpoint, attend: Attend, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> GPT:
     """The decoder with the checkpoint's weights, in evaluation mode.
 
     Weights that are stored in ``dtype`` on the CPU stay memory-mapped: nothing is copied until it is written to.

@@ -56,7 +56,7 @@ class SafetensorsReader:
         Raises:
             FileFormatError: a file is truncated, damaged or missing.
         """
-        return cls({name: path for path in paths for name in _opened(path).keys()})
+        return cls({name: path for path in paths for name in _opened(path).keys()})  # noqa: SIM118 - no dict
 
     def names(self) -> list[str]:
         """Stored names."""
@@ -100,7 +100,9 @@ def _opened(path: Path) -> Any:
     except FileNotFoundError:
         raise FileFormatError(f"{path} is missing.", fix="Download the model again.") from None
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path} is truncated or no safetensors file: {error}.", fix="Download it again.") from None
+        raise FileFormatError(
+            f"{path} is truncated or no safetensors file: {error}.", fix="Download it again."
+        ) from None
 
 
 class TensorSlot:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from zoo.errors import FileFormatError, InputError
 from zoo.families.transforms import TRANSFORMS, Transform
 from zoo.plan.parameters import parameter_shapes
-from zoo.spec import ModelSpec
+from zoo.spec import Activation, ModelSpec
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class KeyMap:
                 names = tuple(name.replace("{i}", str(layer)) for name in ours)
                 if names[0] in shapes:
                     name_shapes = tuple(shapes[name] for name in names)
-                    rules.append(Rule(stored.replace("{i}", str(layer)), names, name_shapes, TRANSFORMS[transform], spec))
+                    rules.append(
+                        Rule(stored.replace("{i}", str(layer)), names, name_shapes, TRANSFORMS[transform], spec)
+                    )
         order = {name: i for i, name in enumerate(shapes)}
         return sorted(rules, key=lambda rule: order[rule.ours[0]])
 
@@ -93,7 +96,9 @@ class KeyMap:
         if missing:
             raise FileFormatError(f"{where} lacks {len(missing)} tensors of the model: {_some(missing)}.")
         if unknown:
-            raise FileFormatError(f"{where} holds {len(unknown)} tensors that the model does not have: {_some(unknown)}.")
+            raise FileFormatError(
+                f"{where} holds {len(unknown)} tensors that the model does not have: {_some(unknown)}."
+            )
         return located
 
     def ignores(self, name: str, spec: ModelSpec) -> bool:
@@ -175,7 +180,7 @@ class ConfigReader:
             wanted = " or ".join(map(repr, allowed))
             raise InputError(f"the {self._family} config has {key} = {value!r}; zoo implements only {wanted}.")
 
-    def choose(self, key: str, choices: Mapping[str, str], default: str) -> str:
+    def choose(self, key: str, choices: Mapping[str, T], default: str) -> T:
         """Translate the value of ``key``.
 
         Raises:
@@ -192,7 +197,9 @@ class ConfigReader:
         Raises:
             InputError: a key is left over.
         """
-        left = [k for k, v in self._config.items() if v is not None and k not in self._seen | HARMLESS_KEYS | set(harmless)]
+        left = [
+            k for k, v in self._config.items() if v is not None and k not in self._seen | HARMLESS_KEYS | set(harmless)
+        ]
         if left:
             shown = ", ".join(f"{key} = {self._config[key]!r}" for key in sorted(left))
             raise InputError(
@@ -218,7 +225,7 @@ HARMLESS_KEYS = frozenset(
 )
 """Keys of config.json that never change the logits of a causal language model."""
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -61,6 +61,10 @@ _OWN_HARMLESS = (
     "summary_first_dropout",
     "reorder_and_upcast_attn",  # where the softmax is rounded, not what it computes
     "n_ctx",
+    "n_special",
+    "predict_special_tokens",
+    "output_past",
+    "_num_labels",
 )
 
 

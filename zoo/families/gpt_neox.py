@@ -54,11 +54,22 @@ GGUF_KEYS = KeyMap(
 )
 
 
+# transformers reads none of these for this family: attention_dropout and hidden_dropout count.
+_OWN_HARMLESS = (
+    "classifier_dropout",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "custom_pipelines",
+)
+
+
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face GPT-NeoX config (`GPTNeoXConfig`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "gpt_neox")
     rope, scaling = read_rope(read, "gpt_neox", theta_key="rotary_emb_base")
     rotary = rope.get("partial_rotary_factor", read.get("rotary_pct", 0.25))
+    read.only("partial_rotary_factor", rotary)  # second spellings that transformers 4.45 wrote beside its own
+    read.only("rope_theta", rope["rope_theta"])
     d_model, n_heads = read.require("hidden_size"), read.require("num_attention_heads")
     d_head = d_model // n_heads
     bias, hidden_dropout = read.get("attention_bias", True), read.get("hidden_dropout", 0.0)
@@ -86,7 +97,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         resid_dropout=hidden_dropout,
         init_std=read.get("initializer_range", 0.02),
     )
-    read.finish("classifier_dropout")
+    read.finish(*_OWN_HARMLESS)
     return spec
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import pi
 from typing import Any
 
+from zoo.errors import FileFormatError, InputError
 from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
 from zoo.families.rope import read_rope, write_scaling
 from zoo.spec import ModelSpec, RopeSpec
@@ -52,6 +55,8 @@ GGUF_KEYS = KeyMap(
     ignore=[r"^rope_freqs\.weight$"],
 )
 
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face Llama config (`LlamaConfig`). Raises `InputError` as `ConfigReader` does."""
@@ -69,7 +74,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         d_head=d_head,
         d_ffn=read.require("intermediate_size"),
         vocab_size=read.require("vocab_size"),
-        max_seq_len=read.get("max_position_embeddings", 2048),
+        max_seq_len=read.get("max_sequence_length", read.get("max_position_embeddings", 2048)),
         norm="rms",
         norm_eps=read.get("rms_norm_eps", 1e-6),
         mlp="gated",
@@ -113,27 +118,77 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 
 
 def config_from_gguf(metadata: Config) -> dict[str, Any]:
-    """The Hugging Face config of a GGUF file's ``llama.*`` metadata."""
+    """The Hugging Face config of a GGUF file's ``llama.*`` metadata, and ``rope_freqs`` if it has that tensor.
+
+    Raises:
+        InputError: only a part of each head is rotated, or values are not as wide as keys.
+        FileFormatError: the factors in ``rope_freqs`` are of a scaling that zoo does not know.
+    """
     d_model, n_heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
+    d_head = metadata.get("llama.attention.key_length", d_model // n_heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if metadata.get(key, d_head) != d_head:
+            raise InputError(f"{key} is {metadata[key]}; zoo's llama family needs the head size, {d_head}.")
+    theta = metadata.get("llama.rope.freq_base", 10_000.0)
     return {
         "num_hidden_layers": metadata["llama.block_count"],
         "hidden_size": d_model,
         "num_attention_heads": n_heads,
         "num_key_value_heads": metadata.get("llama.attention.head_count_kv", n_heads),
-        "head_dim": metadata.get("llama.attention.key_length", d_model // n_heads),
+        "head_dim": d_head,
         "intermediate_size": metadata["llama.feed_forward_length"],
         "max_position_embeddings": metadata["llama.context_length"],
         "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": metadata.get("llama.rope.freq_base", 10_000.0),
-        "rope_scaling": _scaling_from_gguf(metadata),
+        "rope_theta": theta,
+        "rope_scaling": _scaling_from_gguf(metadata, d_head, theta),
     }
 
 
-def _scaling_from_gguf(metadata: Config) -> dict[str, Any] | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    return {"rope_type": kind, "factor": metadata.get("llama.rope.scaling.factor")}
+def _scaling_from_gguf(metadata: Config, d_head: int, theta: float) -> dict[str, Any] | None:
+    """The value of ``rope_scaling``. A factor without a type means linear, as in llama.cpp (``llama_model_loader``)."""
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")) or 1.0
+    metadata.get("llama.rope.scaling.finetuned")  # says how the model was trained, not what it computes
+    by_metadata = (
+        None if kind == "none" or (kind == "linear" and factor == 1.0) else {"rope_type": kind, "factor": factor}
+    )
+    factors = metadata.get("rope_freqs")
+    if factors is None:
+        return by_metadata
+    if by_metadata is not None:
+        raise InputError(f"rotary positions are scaled twice: by {kind!r} and by the tensor rope_freqs.weight.")
+    return _llama3_from_factors(factors, d_head, theta)
+
+
+def _llama3_from_factors(factors: Sequence[float], d_head: int, theta: float) -> dict[str, Any] | None:
+    """The llama3 scaling that divides rotary frequency ``i`` by ``factors[i]``; None if it changes nothing.
+
+    llama.cpp's converter stores these factors for Llama 3.1 and later, always with the constants below
+    (``LlamaModel.generate_extra_tensors``), and not the ``factor`` that they come from.
+    """
+    if len(factors) == d_head // 2:
+        if all(factor == 1.0 for factor in factors):
+            return None
+        for factor in (max(factors), 8.0, 32.0):
+            scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+            expected = _llama3_factors(factor, d_head, theta)
+            if all(abs(found - wanted) <= 1e-4 * wanted for found, wanted in zip(factors, expected, strict=True)):
+                return scaling
+    raise FileFormatError("the scaling of rotary positions in its tensor rope_freqs.weight is not one that zoo knows.")
+
+
+def _llama3_factors(factor: float, d_head: int, theta: float) -> list[float]:
+    low, high, length = (
+        _LLAMA3["low_freq_factor"],
+        _LLAMA3["high_freq_factor"],
+        _LLAMA3["original_max_position_embeddings"],
+    )
+    found = []
+    for i in range(0, d_head, 2):
+        turns = length / (2 * pi * theta ** (i / d_head))  # of this pair within the original context
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / (kept + (1 - kept) / factor))
+    return found
 
 
 LLAMA = Family(

@@ -21,7 +21,9 @@ _KNOWN = {
 }
 
 
-def read_rope(read: ConfigReader, family: str, *, theta_key: str = "rope_theta") -> tuple[dict[str, Any], RopeScaling | None]:
+def read_rope(
+    read: ConfigReader, family: str, *, theta_key: str = "rope_theta"
+) -> tuple[dict[str, Any], RopeScaling | None]:
     """The rotary parameters of a config (both spellings merged) and their scaling.
 
     Raises:
@@ -33,7 +35,7 @@ def read_rope(read: ConfigReader, family: str, *, theta_key: str = "rope_theta")
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"the {family} config scales its rotary positions by {kind!r}; zoo knows linear and llama3.")
     if unknown := sorted(set(parameters) - _KNOWN):
-        raise InputError(f"the {family} config has rotary parameters that zoo does not understand: {', '.join(unknown)}.")
+        raise InputError(f"the {family} config has unknown rotary parameters: {', '.join(unknown)}.")
     if kind == "default":
         return parameters, None
     if "factor" not in parameters:

@@ -36,7 +36,9 @@ class Address:
         return cls(path, revision or None, fragment or None)
 
     def __str__(self) -> str:
-        return self.path + (f"@{self.revision}" if self.revision else "") + (f"#{self.fragment}" if self.fragment else "")
+        return (
+            self.path + (f"@{self.revision}" if self.revision else "") + (f"#{self.fragment}" if self.fragment else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Source:
         if revision is None or revision == self.address.revision:
             return self
         if self.address.revision is not None:
-            raise InputError(f"{self} already names a revision, and {revision!r} is asked for.", fix="Name one of them.")
+            raise InputError(
+                f"{self} already names a revision, and {revision!r} is asked for.", fix="Name one of them."
+            )
         return replace(self, address=replace(self.address, revision=revision))
 
     def may_be(self, other: Source) -> bool:
@@ -78,8 +82,12 @@ class Source:
         mine, theirs = self.address, other.address
         if (self.scheme, mine.path.casefold()) != (other.scheme, theirs.path.casefold()):
             return False
-        revisions_differ = mine.revision != theirs.revision and _is_commit(mine.revision) and _is_commit(theirs.revision)
-        fragments_differ = mine.fragment != theirs.fragment and mine.fragment is not None and theirs.fragment is not None
+        revisions_differ = (
+            mine.revision != theirs.revision and _is_commit(mine.revision) and _is_commit(theirs.revision)
+        )
+        fragments_differ = (
+            mine.fragment != theirs.fragment and mine.fragment is not None and theirs.fragment is not None
+        )
         return not revisions_differ and not fragments_differ
 
     @property
@@ -95,7 +103,9 @@ class Source:
         if self.address.revision:
             name += "@" + self.address.revision.replace("/", "-")
         if not _DIRECTORY_NAME.fullmatch(name):
-            raise InputError(f"{self} does not end in a name for a directory: {name!r}.", fix="Use A-Z, a-z, 0-9, '.', '_' and '-'.")
+            raise InputError(
+                f"{self} does not end in a name for a directory: {name!r}.", fix="Use A-Z, a-z, 0-9, '.', '_' and '-'."
+            )
         return name
 
 

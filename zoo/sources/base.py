@@ -149,7 +149,9 @@ def fetch_model(
     raise _no_source_worked(name, failures)
 
 
-def _fetch_whole(name: str | None, source: Source, destination: Path, options: FetchOptions, registry: Registry) -> None:
+def _fetch_whole(
+    name: str | None, source: Source, destination: Path, options: FetchOptions, registry: Registry
+) -> None:
     """Fetch into a sibling directory, verify, record, and rename."""
     component = find_source(source, registry)
     fetch: Fetch = registry.load("source", f"{component.origin.distribution}/{component.name}")
@@ -214,10 +216,9 @@ def _alone(destination: Path, report: Report) -> Iterator[None]:
         raise ZooError(f"can not write to {destination.parent}: {error.strerror}.") from error
     try:
         yield
-        # Only once it succeeded: whoever still waits on the removed file finds the directory there.
+    finally:
         with suppress(OSError):
             Path(lock.lock_file).unlink()
-    finally:
         lock.release()
 
 

@@ -12,7 +12,6 @@ from zoo.errors import FileFormatError, ZooError
 
 FILE_NAME = "zoo.yaml"
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def write_provenance(directory: Path, provenance: Provenance) -> None:
     )
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares it as None
     yaml.dump(content, path)
 
 
@@ -82,12 +81,9 @@ def digest_weights(directory: Path, promised: Mapping[str, str]) -> dict[str, st
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256 in hexadecimal; reads it in pieces."""
-    digest = hashlib.sha256()
+    """The file's sha256 in hexadecimal."""
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,5 +97,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise FileFormatError(f"{path} must be a mapping with 'schema: 1'.", fix="Remove it, or restore what zoo wrote.")
+        raise FileFormatError(f"{path} must be a mapping with 'schema: 1'.", fix="Remove or repair it.")
     return content

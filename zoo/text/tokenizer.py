@@ -40,7 +40,7 @@ class Tokenizer:
             raise FileFormatError(f"{directory} has no tokenizer.json.", fix=_no_tokenizer_remedy(directory))
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+        except Exception as error:  # noqa: BLE001 - tokenizers raises no other
             raise FileFormatError(f"{path} is not a valid tokenizer: {error}.") from None
         config = {**_special_tokens_map(directory), **_read_json(directory / "tokenizer_config.json")}
         template = directory / "chat_template.jinja"
@@ -102,7 +102,10 @@ class Tokenizer:
                 fix="Use 'generate', an instruction-tuned model, or give a Jinja template with --chat-template FILE.",
             )
         return render_chat(
-            self.chat_template, messages, special_tokens=self.special_tokens, add_generation_prompt=add_generation_prompt
+            self.chat_template,
+            messages,
+            special_tokens=self.special_tokens,
+            add_generation_prompt=add_generation_prompt,
         )
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
@@ -167,5 +170,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _no_tokenizer_remedy(directory: Path) -> str:
     if (directory / "tokenizer.model").is_file():
-        return "It has a sentencepiece tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...) converts it."
+        return "It has a sentencepiece tokenizer.model, which transformers' AutoTokenizer can save as tokenizer.json."
     return "Copy the tokenizer.json of the model it came from into it."

@@ -1,0 +1,45 @@
+# make demo: set up and see a model write text.  make test: the same environment with the tests' needs, all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := smollm2-135m-instruct
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@echo "== downloading the demo model"
+	$(BIN)/python -m zoo download $(DEMO)
+	@echo
+	@echo "== writing text"
+	$(BIN)/python -m zoo generate $(DEMO) --prompt "Once upon a time" --max-new-tokens 60 --seed 1
+	@echo
+	@echo "== answering a question"
+	$(BIN)/python -m zoo chat $(DEMO) --prompt "What is the capital of France?" --temperature 0
+	@echo
+	@echo "Next:"
+	@echo "  source $(BIN)/activate      then 'zoo' is on your PATH"
+	@echo "  zoo chat $(DEMO)      talk with it"
+	@echo "  zoo download | grep pythia            what else there is"
+	@echo "  zoo --help                            all commands"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,120 @@
+"""What every command shares: its standard options, the registry they lead to, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zoo.plugins import PluginSelection, Zoo, load_zoo
+from zoo.registry import Registry
+
+
+class App:
+    """The state of one run of the command line."""
+
+    def __init__(self) -> None:
+        self.debug = False
+        self.registry_files: tuple[Path, ...] = ()
+        self.disabled: tuple[str, ...] = ()
+        self.no_plugins = False
+
+    @cached_property
+    def zoo(self) -> Zoo:
+        """Registry and plugins; problems with plugins are told once, on standard error."""
+        selection = PluginSelection.from_environment(self.disabled, none=self.no_plugins)
+        built = load_zoo(selection, registry_files=self.registry_files)
+        for line in built.problems():
+            note(f"{line}; see: python -m zoo plugins show {line.split()[1]}")
+        return built
+
+    @property
+    def registry(self) -> Registry:
+        """The registry."""
+        return self.zoo.registry
+
+
+pass_app = click.make_pass_decorator(App)
+
+
+def note(line: str) -> None:
+    """Tell the user something that is not the result."""
+    click.echo(f"zoo: {line}", err=True)
+
+
+def print_json(data: Any) -> None:
+    """Print a result for programs."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Print aligned columns, one row a line, never cut off: made for grep."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _parse_disabled(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not value.startswith("no:") or value == "no:":
+            raise click.BadParameter(f"write no:NAME to switch a plugin off, not {value!r}.")
+    names = tuple(value.removeprefix("no:") for value in values)
+    ctx.ensure_object(App).disabled = names
+    return names
+
+
+def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        if value:
+            setattr(ctx.ensure_object(App), attribute, value)
+        return value
+
+    return callback
+
+
+class ZooCommand(click.Command):
+    """A command with the standard options: ``--registry``, ``-p``, ``--no-plugins``, ``--debug``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(
+                ["--registry"],
+                type=click.Path(path_type=Path),
+                multiple=True,
+                metavar="FILE",
+                expose_value=False,
+                callback=_remember("registry_files"),
+                help="Add the models of a registry file of your own.",
+            ),
+            click.Option(
+                ["-p", "--plugin"],
+                multiple=True,
+                metavar="no:NAME",
+                expose_value=False,
+                callback=_parse_disabled,
+                help="Switch a plugin off.",
+            ),
+            click.Option(
+                ["--no-plugins"],
+                is_flag=True,
+                expose_value=False,
+                callback=_remember("no_plugins"),
+                help="Load no plugin.",
+            ),
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=_remember("debug"),
+                help="Show the traceback of an error.",
+            ),
+        ]
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

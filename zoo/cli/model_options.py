@@ -1,0 +1,94 @@
+"""Options of every command that loads a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from zoo.cli.app import App, note
+
+if TYPE_CHECKING:
+    from zoo.api import LanguageModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LOADING = [
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+    click.option("--precision", default="auto", show_default=True, help="See: zoo list precisions."),
+    click.option("--attention", default="auto", show_default=True, help="See: zoo list attention."),
+    click.option("--revision", help="Branch, tag or commit on the hub."),
+    click.option("--token", envvar="HF_TOKEN", help="Access token for gated models. [env: HF_TOKEN]"),
+    click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]"),
+]
+
+_SAMPLING = [
+    click.option("--temperature", type=float, help="0 is greedy. [default: the model's own, else 0.8]"),
+    click.option(
+        "--top-k", type=int, help="Draw from the K likeliest tokens; 0 is off. [default: the model's, else 50]"
+    ),
+    click.option("--top-p", type=float, help="Draw from the likeliest tokens that make up probability P."),
+    click.option("--min-p", type=float, help="Drop tokens less likely than P times the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Above 1: tokens already seen become less likely."),
+    click.option("--seed", type=int, help="Makes sampling reproducible."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given more than once."),
+    click.option("--stats", is_flag=True, help="Print speed and memory to standard error."),
+]
+
+
+def loading_options(function: F) -> F:
+    """``--device --precision --attention --revision --token --offline``."""
+    return _decorated(function, _LOADING)
+
+
+def sampling_options(function: F) -> F:
+    """``--temperature`` and its kin, ``--seed --stop --stats``."""
+    return _decorated(function, _SAMPLING)
+
+
+def _decorated(function: F, options: list[Callable[[Any], Any]]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def load_from_options(
+    app: App,
+    model: str,
+    *,
+    device: str,
+    precision: str,
+    attention: str,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+) -> LanguageModel:
+    """Load the model that the options name, telling what ``auto`` chose."""
+    from zoo.api import load
+    from zoo.sources.base import FetchOptions
+
+    lm = load(
+        model,
+        precision=precision,
+        attention=attention,
+        device=device,
+        fetch=FetchOptions(revision=revision, token=token, offline=offline),
+        registry=app.registry,
+        report=note,
+    )
+    note(f"{lm.checkpoint.path}: {lm.precision} on {lm.device}, {lm.attention} attention")
+    for line in lm.notes:
+        note(line)
+    return lm
+
+
+def print_stats(stats: Any) -> None:
+    """Speed and memory of a reply, on standard error."""
+    click.echo(
+        f"prefill {stats.prompt_tokens - stats.reused_tokens} tokens at {stats.prefill_tokens_per_second:.1f} tokens/s"
+        f" | first token after {stats.prefill_seconds:.2f} s"
+        f" | decode {stats.new_tokens} tokens at {stats.decode_tokens_per_second:.1f} tokens/s"
+        f" | peak memory {stats.peak_memory / 2**30:.2f} GiB",
+        err=True,
+    )

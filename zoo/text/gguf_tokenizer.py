@@ -1,0 +1,213 @@
+"""The tokenizer that a GGUF file carries in its metadata: byte-level BPE, rebuilt as a `tokenizers.Tokenizer`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from zoo.errors import FileFormatError, InputError
+from zoo.text.tokenizer import Tokenizer
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""Token types (ggml's docs/gguf.md) whose tokens are looked for in the text before it is split."""
+
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_CONVERT_INSTEAD = "Convert it from its Hugging Face directory instead, which has the tokenizer itself."
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK_CODER_PATTERNS = (
+    r"[\r\n]",
+    r"\s?\p{L}+",
+    r"\s?\p{P}+",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}",
+)
+
+
+@dataclass(frozen=True)
+class _Splitting:
+    """How text is cut before BPE. Without ``patterns``: GPT-2's own, which `ByteLevel` has built in."""
+
+    patterns: tuple[str, ...] = ()
+    digits: bool = False
+    """Each digit is a piece of its own."""
+    nfc: bool = False
+    """Text is composed first. llama.cpp leaves this out; the models' own tokenizers do it."""
+    ignore_merges: bool = False
+    """A piece that is a token is not built from merges."""
+    add_bos: bool = False
+    """Whether BOS is added when the file does not say."""
+
+
+_GPT2 = _Splitting()
+_NEOX = _Splitting(nfc=True)
+_DIGITS = _Splitting(digits=True)
+_LLAMA3 = _Splitting(patterns=(_LLAMA3_PATTERN,), ignore_merges=True, add_bos=True)
+
+_SPLITTINGS = {
+    **dict.fromkeys(("gpt-2", "phi-2", "jais"), _GPT2),
+    **dict.fromkeys(("mpt", "olmo"), _NEOX),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
+    ),
+    "qwen2": _Splitting(patterns=(_QWEN2_PATTERN,), nfc=True),
+    "tekken": _Splitting(patterns=(_TEKKEN_PATTERN,), ignore_merges=True, add_bos=True),
+    "deepseek-coder": _Splitting(patterns=_DEEPSEEK_CODER_PATTERNS),
+}
+"""By ``tokenizer.ggml.pre`` (llama.cpp, ``llama_vocab::impl::load``; the patterns as in the models' tokenizer.json)."""
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF file, with its special tokens and chat template.
+
+    Raises:
+        FileFormatError: the file has none, or its parts contradict each other.
+        InputError: it is of a kind that zoo does not rebuild, or its text is split in a way that zoo does not know.
+    """
+    splitting = _splitting(metadata)
+    tokens = _tokens(metadata)
+    roles = _roles(metadata, tokens)
+    try:
+        backend = _backend(metadata, tokens, splitting)
+    except FileFormatError:
+        raise
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no other
+        raise FileFormatError(f"its tokenizer is damaged: {error}.") from None
+    backend.add_tokens(_added_tokens(metadata, tokens, set(roles.values())))
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", splitting.add_bos))
+    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    _add_ends(backend, _end(roles, "bos_token", add_bos), _end(roles, "eos_token", add_eos))
+    return Tokenizer(backend, {**_config(metadata), **roles, "add_bos_token": add_bos, "add_eos_token": add_eos})
+
+
+def _splitting(metadata: Mapping[str, Any]) -> _Splitting:
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        raise FileFormatError("it has no tokenizer: the metadata key 'tokenizer.ggml.model' is missing.")
+    if kind != "gpt2":
+        what = "a sentencepiece tokenizer" if kind == "llama" else f"a tokenizer of kind {kind!r}"
+        raise InputError(
+            f"it has {what}, which zoo does not rebuild yet (only byte-level BPE, 'gpt2').", fix=_CONVERT_INSTEAD
+        )
+    if metadata.get("tokenizer.ggml.add_space_prefix"):
+        raise InputError(
+            "its tokenizer puts a space before the text, which zoo does not do for BPE.", fix=_CONVERT_INSTEAD
+        )
+    name = metadata.get("tokenizer.ggml.pre")
+    if name in (None, "default"):  # an old file; llama.cpp falls back to a splitting that is no model's own
+        raise InputError("it does not say how its tokenizer splits text ('tokenizer.ggml.pre').", fix=_CONVERT_INSTEAD)
+    if name not in _SPLITTINGS:
+        known = ", ".join(sorted(_SPLITTINGS))
+        raise InputError(
+            f"its tokenizer splits text as {name!r}, which zoo does not know. Known: {known}.", fix=_CONVERT_INSTEAD
+        )
+    return _SPLITTINGS[name]
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """Every token by its id; an empty one gets the name that llama.cpp gives it."""
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_texts(metadata, "tokenizer.ggml.tokens"))]
+    if len(set(tokens)) != len(tokens):
+        raise FileFormatError(f"its tokenizer has the token {Counter(tokens).most_common(1)[0][0]!r} twice.")
+    return tokens
+
+
+def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+    texts = metadata.get(key)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise FileFormatError(f"its tokenizer lacks {key!r}, a list of texts.")
+    return texts
+
+
+def _roles(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+    """The special tokens by the names that tokenizer_config.json has for them."""
+    roles = {}
+    for role, name in _ROLES.items():
+        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is None:
+            continue
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            raise FileFormatError(f"its {role} has the id {token_id!r}, outside the {len(tokens)} tokens.")
+        roles[role] = tokens[token_id]
+    return roles
+
+
+def _backend(metadata: Mapping[str, Any], tokens: Sequence[str], splitting: _Splitting) -> tokenizers.Tokenizer:
+    merges = []
+    for merge in _texts(metadata, "tokenizer.ggml.merges"):
+        left, space, right = merge[1:].partition(" ")  # the first character may be the space itself
+        if not space:
+            raise FileFormatError(f"its tokenizer has the merge {merge!r}, which is not two tokens.")
+        merges.append((merge[:1] + left, right))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
+    if splitting.nfc:
+        backend.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splitting.digits else []
+    steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.patterns))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], in_roles: set[str]) -> list[AddedToken]:
+    """Tokens that are found in the text as they are; those with a role are special whatever their type says."""
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    if types and len(types) != len(tokens):
+        raise FileFormatError(f"its tokenizer has {len(tokens)} tokens but {len(types)} token types.")
+    special = {token for token, kind in zip(tokens, types, strict=False) if kind in (_UNKNOWN, _CONTROL)} | in_roles
+    plain = {token for token, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED}
+    return [
+        AddedToken(token, special=token in special, normalized=False)
+        for token in tokens
+        if token in special or token in plain
+    ]
+
+
+def _end(roles: Mapping[str, str], role: str, wanted: bool) -> str | None:
+    if wanted and role not in roles:
+        raise FileFormatError(f"its tokenizer adds a {role} but does not say which token that is.")
+    return roles[role] if wanted else None
+
+
+def _add_ends(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    ends = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
+    if not ends:
+        return
+    before, after = [bos] if bos is not None else [], [eos] if eos is not None else []
+    single = [f"{piece}:0" for piece in (*before, "$A", *after)]
+    second = [f"{piece}:1" for piece in (*before, "$B", *after)]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=single + second, special_tokens=ends)
+
+
+def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What tokenizer_config.json says beside the special tokens."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if context is not None:
+        config["model_max_length"] = context
+    template = metadata.get("tokenizer.chat_template")
+    names = metadata.get("tokenizer.chat_templates", [])
+    if names:
+        named = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in names}
+        several = {"default": template, **named}
+        config["chat_template"] = [{"name": n, "template": text} for n, text in several.items() if text is not None]
+    elif template is not None:
+        config["chat_template"] = template
+    return config
