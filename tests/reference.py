@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -87,3 +89,32 @@ def stored_name(model: Any, name: str) -> str:
 def tokens(batch: int, length: int, vocab_size: int = 97, *, seed: int = 1) -> torch.Tensor:
     """Random ids (B, T)."""
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_byte_tokenizer(directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """A tokenizer of 256 bytes and the special tokens ``<bos>`` (256) and ``<eos>`` (257), as files."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_tiny_chat_model(directory: Path, **changes: Any) -> Any:
+    """A tiny Llama with the byte tokenizer: everything that ``generate`` and ``chat`` need."""
+    model = save_tiny(
+        directory, "llama", LLAMA | {"vocab_size": 258, "eos_token_id": 257, "bos_token_id": 256} | changes
+    )
+    save_byte_tokenizer(directory)
+    return model

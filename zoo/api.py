@@ -184,7 +184,7 @@ def load(
     found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
     checkpoint = open_checkpoint(found.path, registry)
     target = choose_device(device)
-    stored = checkpoint.tensors.dtype(checkpoint.tensors.names()[0])
+    stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     chosen = choose_precision(
         precision, stored=stored, quantized=checkpoint.quantized, device=target.type, registry=registry
     )

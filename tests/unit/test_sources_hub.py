@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -106,7 +107,11 @@ def test_only_what_is_needed_is_fetched(hub: FakeHub, tmp_path: Path) -> None:
             ],
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
         ),
-        (["pytorch_model.safetensors", "pytorch_model.fp16.safetensors"], ["pytorch_model.safetensors"]),
+        (
+            ["model-00001-of-00001.safetensors", "consolidated.00.safetensors", "other.safetensors.index.json"],
+            ["model-00001-of-00001.safetensors"],
+        ),
+        (["own.safetensors", "own.fp16.safetensors", "consolidated.safetensors"], ["own.safetensors"]),
         (["model.fp16.safetensors"], ["model.fp16.safetensors"]),
         (["adapter_model.safetensors", "adapter_config.json"], ["adapter_config.json", "adapter_model.safetensors"]),
         (
@@ -122,7 +127,7 @@ def test_each_weight_is_taken_once(names: list[str], weights: list[str]) -> None
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, r"only has pickled weights \(pytorch_model.bin\)"),
+        ({"pytorch_model.bin": b"x", "training_args.bin": b"x"}, r"only has pickled weights \(pytorch_model.bin\)"),
         ({"Q4.gguf": b"x", "Q8.gguf": b"x"}, r"only has GGUF files \(Q4.gguf, Q8.gguf\)"),
         ({"config.json": b"{}", "sub/model.safetensors": b"x"}, "has no weights at its top level"),
     ],
@@ -193,8 +198,10 @@ def test_a_missing_revision(hub: FakeHub, tmp_path: Path) -> None:
         fetch("org/tiny@v9", tmp_path / "x", QUIET)
 
 
-@pytest.mark.parametrize("address", ["a/b/c", "org/na me", "", "org/name@", "org/name#x"])
-def test_a_malformed_address(address: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "address", ["a/b/c", "org/na me", "org/na--me", "org/..", "org/-name", "", "org/name@", "org/name#x"]
+)
+def test_a_malformed_address(hub: FakeHub, address: str, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         fetch(address, tmp_path / "x", QUIET)
 
@@ -232,6 +239,26 @@ def test_a_file_that_can_not_fit_is_refused_before_it_is_fetched(hub: FakeHub, t
         fetch("org/tiny", tmp_path / "x", QUIET)
     assert not isinstance(caught.value, SourceError)
     assert hub.fetched_files() == []
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("xet: No space left on device")]
+)
+def test_a_disk_that_fills_up_is_not_taken_for_the_network(
+    hub: FakeHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    hub.add("org/tiny", NEEDED)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)  # a disk can not be filled in a test
+    with pytest.raises(ZooError, match="filled up while fetching hf:org/tiny"):
+        fetch_model(["hf:org/tiny", "hf:org/other"], tmp_path / "tiny", QUIET, registry)
+
+
+def test_the_token_is_in_no_representation() -> None:
+    assert "hf_given" not in repr(FetchOptions(token="hf_given"))
 
 
 def test_a_broken_connection_is_resumed(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ class App:
 
     def __init__(self) -> None:
         self.debug = False
+        self._told: set[str] = set()
         self.registry_files: tuple[Path, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.no_plugins = False
@@ -29,8 +30,16 @@ class App:
         selection = PluginSelection.from_environment(self.disabled, none=self.no_plugins)
         built = load_zoo(selection, registry_files=self.registry_files)
         for line in built.problems():
-            note(f"{line}; see: python -m zoo plugins show {line.split()[1]}")
+            if line not in self._told:
+                note(line)
+        self._told.update(built.problems())
         return built
+
+    def set(self, option: str, value: Any) -> None:
+        """Set an option; what was built without it is built anew."""
+        if getattr(self, option) != value:
+            setattr(self, option, value)
+            self.__dict__.pop("zoo", None)
 
     @property
     def registry(self) -> Registry:
@@ -48,7 +57,7 @@ def note(line: str) -> None:
 
 def print_json(data: Any) -> None:
     """Print a result for programs."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:
@@ -64,14 +73,14 @@ def _parse_disabled(ctx: click.Context, parameter: click.Parameter, values: tupl
         if not value.startswith("no:") or value == "no:":
             raise click.BadParameter(f"write no:NAME to switch a plugin off, not {value!r}.")
     names = tuple(value.removeprefix("no:") for value in values)
-    ctx.ensure_object(App).disabled = names
+    ctx.ensure_object(App).set("disabled", names)
     return names
 
 
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
         if value:
-            setattr(ctx.ensure_object(App), attribute, value)
+            ctx.ensure_object(App).set(attribute, value)
         return value
 
     return callback

@@ -11,7 +11,7 @@ import click
 
 from zoo import __version__
 from zoo.cli.app import App
-from zoo.errors import UnknownNameError, ZooError
+from zoo.errors import UnavailableError, UnknownNameError, ZooError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("zoo.cli.list:command", "What is registered: models, families, attention backends, ..."),
@@ -40,11 +40,18 @@ class LazyGroup(click.Group):
             command: click.Command = getattr(import_module(module), attribute)
             return command
         registry = ctx.ensure_object(App).registry
-        if any(name == cmd_name for name, _ in registry.components("command")):
-            plugin_command: click.Command = registry.load("command", cmd_name)
-            return plugin_command
-        known = [*COMMANDS, *(name for name, _ in registry.components("command"))]
-        raise UnknownNameError("command", cmd_name, known, fix="See: python -m zoo --help.")
+        try:
+            plugin_command = registry.load("command", cmd_name)
+        except UnknownNameError:
+            known = [*COMMANDS, *(name for name, _ in registry.components("command"))]
+            raise UnknownNameError("command", cmd_name, known, fix="See: python -m zoo --help.") from None
+        if not isinstance(plugin_command, click.Command):
+            raise UnavailableError(f"command {cmd_name!r} is no click.Command but a {type(plugin_command).__name__}.")
+        return plugin_command
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command. What a plugin's command returns is no exit code."""
+        super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The help lines, from the table alone."""

@@ -8,7 +8,7 @@ import click
 
 from zoo.cli.app import App, ZooCommand, json_option, pass_app, print_json, print_table
 from zoo.errors import UnknownNameError
-from zoo.plugins import Plugin
+from zoo.plugins import Plugin, plugin_name
 from zoo.registry import KINDS
 
 
@@ -42,15 +42,17 @@ def list_command(app: App, as_json: bool = False) -> None:
 def show_command(app: App, name: str, as_json: bool) -> None:
     """What one plugin provides, or why it failed."""
     plugins = {plugin.name: plugin for plugin in app.zoo.plugins}
-    if name not in plugins:
+    plugin = plugins.get(name) or plugins.get(plugin_name(name))
+    if plugin is None:
         raise UnknownNameError("plugin", name, plugins, fix="See: python -m zoo plugins list.")
-    plugin = plugins[name]
     if as_json:
         print_json({**_facts(plugin), "traceback": plugin.traceback})
         return
     print_table([f"{key}:", str(value)] for key, value in _facts(plugin).items() if value not in ("", [], {}))
     for item in plugin.items:
         click.echo(f"  {item.kind} {item.name}: {item.help}")
+    for line in plugin.faults:
+        click.echo(f"  {line}")
     if plugin.traceback:
         click.echo(plugin.traceback)
 
@@ -62,6 +64,7 @@ def _facts(plugin: Plugin) -> dict[str, Any]:
         "state": plugin.state,
         "reason": plugin.reason,
         "warnings": plugin.warnings,
+        "faults": plugin.faults,
         "entry_point": plugin.entry_point,
         "provides": plugin.counts,
         "seconds": round(plugin.seconds, 4),
@@ -70,4 +73,5 @@ def _facts(plugin: Plugin) -> dict[str, Any]:
 
 def _provides(plugin: Plugin) -> str:
     parts = [f"{n} {kind if n == 1 else KINDS[kind]}" for kind, n in plugin.counts.items()]
-    return "; ".join([", ".join(parts) or "nothing", *plugin.warnings])
+    faults = [f"{len(plugin.faults)} of them can not be used"] if plugin.faults else []
+    return "; ".join([", ".join(parts) or "nothing", *faults, *plugin.warnings])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields, replace
 from typing import Any
 
 import click
 
 from zoo.cli.app import App, ZooCommand, json_option, pass_app, print_json, print_table
 from zoo.cli.list import singular
-from zoo.errors import InputError, UnknownNameError
+from zoo.errors import InputError, UnavailableError, UnknownNameError
 from zoo.plan.parameters import count_parameters
 from zoo.registry import KINDS, Component, ModelEntry, Registry, component_status, import_target
 
@@ -41,7 +41,7 @@ def _kind_of(registry: Registry, name: str) -> str:
         return "model"
     if len(kinds) > 1:
         choices = " or ".join(f"'zoo show {kind} {name}'" for kind in kinds)
-        raise InputError(f"{name!r} is the name of a {' and of a '.join(kinds)}.", fix=f"Write {choices}.")
+        raise InputError(f"{name!r} is a name of the kinds {' and '.join(kinds)}.", fix=f"Write {choices}.")
     return kinds[0]
 
 
@@ -76,19 +76,21 @@ def _component_facts(component: Component) -> dict[str, Any]:
     }
 
 
-def _options(component: Component) -> dict[str, Any]:
-    """The fields of its options dataclass with their defaults."""
+def _options(component: Component) -> Any:
+    """The fields of its options dataclass with their defaults, or why they can not be read."""
     if component.options is None:
         return {}
-    options = import_target(_as_target(component))
-    return {f.name: "(required)" if f.default is MISSING else f.default for f in fields(options)}
+    try:
+        options = import_target(replace(component, target=component.options))
+        return {f.name: _default(f) for f in fields(options)}
+    except (UnavailableError, TypeError) as error:
+        return f"can not be read: {error}"
 
 
-def _as_target(component: Component) -> Component:
-    from dataclasses import replace
-
-    assert component.options is not None
-    return replace(component, target=component.options)
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return "(required)" if option.default is MISSING else option.default
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

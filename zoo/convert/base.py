@@ -48,7 +48,7 @@ class Checkpoint:
     """How its tensor names map to our parameters."""
     tensors: TensorReader
     config: dict[str, Any]
-    """Its Hugging Face config, as read or as derived."""
+    """Its Hugging Face config, as read or as derived; ``spec`` is what the family reads from it."""
     load_tokenizer: Callable[[], Tokenizer]
     """Raises `FileFormatError` when there is none, saying where one was looked for."""
     generation: dict[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from zoo.errors import FileFormatError, InputError, ZooError
 from zoo.families.base import Rule
 
 MAX_SHARD_BYTES = 5_000_000_000
-_REPLACED_KEYS = ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta", "quantization_config")
+_REPLACED_KEYS = ("dtype", "torch_dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _write_rest(directory: Path, checkpoint: Checkpoint, slots: list[TensorSlot]
     """Config, generation config, tokenizer and ``zoo.yaml``."""
     kept = {key: value for key, value in checkpoint.config.items() if key not in _REPLACED_KEYS}
     dtype = str(slots[0].dtype).removeprefix("torch.")
-    config = {**kept, **checkpoint.family.write_config(checkpoint.spec), "torch_dtype": dtype}
+    # Both say the same; the source's own words are kept where it has any ("gelu_new", bos_token_id, notes).
+    config = {**checkpoint.family.write_config(checkpoint.spec), **kept, "torch_dtype": dtype}
     _write_json(directory / "config.json", {key: value for key, value in config.items() if value is not None})
     for path in checkpoint.companions:
         shutil.copyfile(path, directory / path.name)

@@ -66,6 +66,7 @@ class GGUF:
             spec = family.read_config(config)
             if spec.n_layers > len(tensors.names()):
                 raise FileFormatError(f"it says that it has {spec.n_layers} layers, but holds fewer tensors.")
+            generation = _generation(metadata)
 
         def load_tokenizer() -> Tokenizer:
             with _naming(path):
@@ -79,7 +80,7 @@ class GGUF:
             tensors=tensors,
             config=config,
             load_tokenizer=load_tokenizer,
-            generation=_generation(metadata),
+            generation=generation,
             quantized=tensors.quantized,
         )
 
@@ -205,7 +206,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         kind = FileFormatError if isinstance(error, FileFormatError) else InputError
-        raise kind(f"{path}: {error.message}", fix=error.fix) from None
+        named = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
+        raise kind(named, fix=error.fix) from None
     except KeyError as error:
         raise FileFormatError(f"{path} lacks the metadata key {error.args[0]!r}.") from None
     except (ArithmeticError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo.convert.base import Checkpoint, Converter
-from zoo.errors import FileFormatError, InputError
+from zoo.errors import FileFormatError, InputError, UnavailableError
 from zoo.models.attention import Attend
 from zoo.models.gpt import GPT
 from zoo.registry import Registry
@@ -27,17 +27,29 @@ def open_checkpoint(path: Path, registry: Registry, *, format_name: str | None =
     if format_name is not None:
         named: Converter = registry.load("converter", format_name)()
         return named.open(path, registry)
-    readers: dict[str, Converter] = {}
-    for name, _ in registry.components("converter"):
-        converter: Converter = registry.load("converter", name)()
-        if converter.reads(path):
-            readers[name] = converter
+    readers, unusable = _readers(path, registry)
     if not readers:
         formats = ", ".join(f"{name} ({component.help})" for name, component in registry.components("converter"))
-        raise FileFormatError(f"{path} holds no model that zoo can read.", fix=f"Formats: {formats}.")
+        not_tried = "".join(f" {why}" for why in unusable)
+        raise FileFormatError(f"{path} holds no model that zoo can read.", fix=f"Formats: {formats}.{not_tried}")
     if len(readers) > 1:
         raise FileFormatError(f"{path} can be read as {' and '.join(readers)}.", fix="Choose one with --from.")
     return next(iter(readers.values())).open(path, registry)
+
+
+def _readers(path: Path, registry: Registry) -> tuple[dict[str, Converter], list[str]]:
+    """The converters that read ``path``, and why others could not be asked: a broken one must not stop the rest."""
+    readers: dict[str, Converter] = {}
+    unusable = []
+    for name, _ in registry.components("converter"):
+        try:
+            converter: Converter = registry.load("converter", name)()
+        except UnavailableError as error:
+            unusable.append(str(error))
+            continue
+        if converter.reads(path):
+            readers[name] = converter
+    return readers, unusable
 
 
 def load_model(

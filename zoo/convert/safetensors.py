@@ -100,9 +100,7 @@ def _opened(path: Path) -> Any:
     except FileNotFoundError:
         raise FileFormatError(f"{path} is missing.", fix="Download the model again.") from None
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(
-            f"{path} is truncated or no safetensors file: {error}.", fix="Download it again."
-        ) from None
+        raise FileFormatError(f"{path} is truncated or damaged: {error}.", fix="Download it again.") from None
 
 
 class TensorSlot:

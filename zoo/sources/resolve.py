@@ -19,7 +19,7 @@ class ResolvedModel:
 
     path: Path
     name: str | None = None
-    """Its name in the registry, if it was asked for by that."""
+    """What reaches it in the registry, if it was asked for by its name."""
 
 
 def resolve_model(
@@ -35,11 +35,10 @@ def resolve_model(
 
     In this order: ``scheme:address`` and registry names, which are kept in ``checkpoints`` and downloaded to there;
     a path; a directory of this name in the working directory or in ``checkpoints``. Whatever looks like a path is one,
-    unless it is a registry name such as ``dist/name``. A revision has a directory of its own, ``name@revision``.
+    unless it is a registry name such as ``dist/name``. A revision has its own directory, ``name@revision``.
 
     Raises:
-        InputError: a path that is not there, an unknown scheme, a directory that holds other weights, or a model that
-            is not there with ``download`` off.
+        InputError: nothing is there (and ``download`` is off), other weights are, or the scheme is unknown.
         UnknownNameError: nothing has this name.
         ZooError: the download failed, as `fetch_model`.
     """
@@ -47,7 +46,7 @@ def resolve_model(
     if is_source(argument):
         source = Source.parse(argument).at(options.revision)
         find_source(source, registry)
-        place = _Place(str(source), None, (str(source),), checkpoints / source.directory_name)
+        place = _Place(str(source), None, None, (str(source),), checkpoints / source.directory_name)
         return place.bring(registry, replace(options, revision=None), report, download)
     try:
         entry = registry.model(argument)
@@ -59,7 +58,9 @@ def resolve_model(
             return ResolvedModel(path)
         error.fix = f"{error.fix or ''} Or write hf:org/name, or the path of a model directory.".strip()
         raise
-    place = _Place(argument, entry, entry.sources, checkpoints / _directory_name(entry, registry, options))
+    name = _reference(entry, registry)
+    directory = name.replace("/", "--") + (f"@{options.revision.replace('/', '-')}" if options.revision else "")
+    place = _Place(argument, name, entry, entry.sources, checkpoints / directory)
     return place.bring(registry, options, report, download)
 
 
@@ -68,13 +69,14 @@ class _Place:
     """Where something that can be downloaded is kept."""
 
     argument: str
+    name: str | None
     entry: ModelEntry | None
     sources: tuple[str, ...]
     path: Path
 
     def bring(self, registry: Registry, options: FetchOptions, report: Report, download: bool) -> ResolvedModel:
         """The directory, downloaded if it is not there."""
-        found = ResolvedModel(self.path, self.entry.name if self.entry else None)
+        found = ResolvedModel(self.path, self.name)
         if self.path.is_dir() and any(self.path.iterdir()):
             self._check_sources()
             return found
@@ -132,11 +134,10 @@ def _hub_hint(argument: str) -> str | None:
     return f"If it is on the Hugging Face Hub, write hf:{argument}." if is_like_a_repository else None
 
 
-def _directory_name(entry: ModelEntry, registry: Registry, options: FetchOptions) -> str:
-    """The name, or ``dist--name`` where the bare name means another model; with ``@revision`` if one is asked for."""
-    references = (ref for ref, other in registry.models() if (other.name, other.origin) == (entry.name, entry.origin))
-    name = next(references, entry.name).replace("/", "--")
-    return f"{name}@{options.revision.replace('/', '-')}" if options.revision else name
+def _reference(entry: ModelEntry, registry: Registry) -> str:
+    """The shortest reference that reaches the entry: its name, or ``dist/name`` where that means another model."""
+    items = registry.items("model")
+    return next(ref for ref, other in items if (other.name, other.origin) == (entry.name, entry.origin))
 
 
 def _refuse_revision(argument: str, options: FetchOptions) -> None:
