@@ -120,9 +120,9 @@ def test_longer_than_a_block(registry: Registry, name: str, mask: str) -> None:
 def test_backward(registry: Registry, name: str, heads: str, mask: str) -> None:
     """Guards gradients of q, k and v against those of the formula."""
     chosen = masks(7)[mask]
-    inputs = [t.requires_grad_() for t in tensors(7, 7, HEADS[heads])]
+    q, k, v = inputs = [t.requires_grad_() for t in tensors(7, 7, HEADS[heads])]
     weights = torch.randn(B, 7, 4, H)
-    by_the_formula(*inputs, chosen, scale=0.3).mul(weights).sum().backward()
+    by_the_formula(q, k, v, chosen, scale=0.3).mul(weights).sum().backward()
     expected = [t.grad.clone() for t in inputs if t.grad is not None]
     for t in inputs:
         t.grad = None

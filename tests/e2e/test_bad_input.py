@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests import reference
 from tests.e2e.test_command_line import Zoo, chat_model, zoo  # noqa: F401 - fixtures
@@ -72,116 +74,97 @@ def test_cuda_is_not_there(zoo: Zoo, chat_model: Path) -> None:  # noqa: F811
     assert "--device cpu" in result.err
 
 
-def truncate(path: Path, to: int) -> None:
-    """Cut a file."""
-    with path.open("r+b") as file:
-        file.truncate(to)
+NAME = "model.layers.1.mlp.up_proj.weight"
+DAMAGED = "is truncated or damaged"
 
 
-def break_directory(directory: Path, how: str) -> str:
-    """Damage a model directory in one way; returns what the error must say."""
-    weights = directory / "model.safetensors"
-    tensors = load_file(weights)
-    name = "model.layers.1.mlp.up_proj.weight"
-    if how == "no weights":
-        weights.unlink()
-        return "has no weights"
-    if how == "only pickles":
-        weights.rename(directory / "pytorch_model.bin")
-        return "pickles"
-    if how == "truncated":
-        truncate(weights, weights.stat().st_size // 2)
-        return "is truncated or damaged"
-    if how == "truncated header":
-        truncate(weights, 100)
-        return "is truncated or damaged"
-    if how == "empty file":
-        truncate(weights, 0)
-        return "is truncated or damaged"
-    if how == "garbage":
-        weights.write_bytes(os.urandom(4096))
-        return "is truncated or damaged"
-    if how == "huge header":
-        weights.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-        return "is truncated or damaged"
-    if how == "pickle named safetensors":
-        weights.write_bytes(pickle.dumps(tensors["lm_head.weight"]))
-        return "is truncated or damaged"
-    if how == "wrong shape":
-        save_file(tensors | {name: torch.zeros(7, 3)}, weights)
-        return f"tensor '{name}' has shape [7, 3]; the config needs [80, 48]"
-    if how == "missing tensor":
-        save_file({k: v for k, v in tensors.items() if k != name}, weights)
-        return f"lacks 1 tensors of the model: {name}"
-    if how == "unknown tensor":
-        save_file(tensors | {"model.layers.1.mlp.extra": torch.zeros(1)}, weights)
-        return "holds 1 tensors that the model lacks: model.layers.1.mlp.extra"
-    if how == "missing shard":
-        shards = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
-        save_file(
-            {k: v for k, v in tensors.items() if "1-of" in shards[k]}, directory / "model-00001-of-00002.safetensors"
-        )
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-        return "model-00002-of-00002.safetensors is missing"
-    return break_config(directory, how)
+def truncate(to: float) -> Callable[[Path], object]:
+    """Cut the weights to this many bytes, or to this share of them."""
+
+    def cut(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        os.truncate(path, int(to if to > 1 else to * path.stat().st_size))
+
+    return cut
 
 
-def break_config(directory: Path, how: str) -> str:
-    """Damage what lies beside the weights."""
-    if how == "bad index":
-        (directory / "model.safetensors.index.json").write_text("{}")
-        return "has no 'weight_map'"
-    if how == "config is no JSON":
-        (directory / "config.json").write_text("{")
-        return "config.json is not valid JSON"
-    if how == "unknown model type":
-        edit_config(directory, model_type="mamba")
-        return "type 'mamba', which no registered family reads. Known types: gpt2, gpt_neox, llama"
-    if how == "unknown key":
-        edit_config(directory, attention_sinks=4)
-        return "does not understand: attention_sinks = 4"
-    if how == "unknown scaling":
-        edit_config(directory, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None)
-        return "by 'yarn'; zoo knows linear and llama3"
-    if how == "unknown activation":
-        edit_config(directory, hidden_act="xielu")
-        return "hidden_act = 'xielu'"
-    if how == "config lacks a key":
-        edit_config(directory, hidden_size=None)
-        return "lacks 'hidden_size'"
-    assert how == "no tokenizer"
-    (directory / "tokenizer.json").unlink()
-    return "has no tokenizer.json"
+def replace(content: bytes) -> Callable[[Path], object]:
+    """Put something else where the weights are."""
+    return lambda directory: (directory / "model.safetensors").write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no weights",
-        "only pickles",
-        "truncated",
-        "truncated header",
-        "empty file",
-        "garbage",
-        "huge header",
-        "pickle named safetensors",
-        "wrong shape",
-        "missing tensor",
-        "unknown tensor",
-        "missing shard",
-        "bad index",
-        "config is no JSON",
-        "unknown model type",
-        "unknown key",
-        "unknown scaling",
-        "unknown activation",
-        "config lacks a key",
-        "no tokenizer",
-    ],
-)
+def tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], object]:
+    """Write other tensors."""
+
+    def rewrite(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return rewrite
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    """Change keys of config.json."""
+    return lambda directory: edit_config(directory, **changes)
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    """Write a file."""
+    return lambda directory: (directory / name).write_text(text)
+
+
+def lose_a_shard(directory: Path) -> None:
+    """Two shards in the index, one on the disk."""
+    found = load_file(directory / "model.safetensors")
+    shards = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(found)}
+    save_file({k: v for k, v in found.items() if "1-of" in shards[k]}, directory / "model-00001-of-00002.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
+    "only pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pickles"),
+    "truncated": (truncate(0.5), DAMAGED),
+    "truncated header": (truncate(100), DAMAGED),
+    "empty file": (truncate(0), DAMAGED),
+    "garbage": (replace(bytes(range(256)) * 16), DAMAGED),
+    "huge header": (replace(struct.pack("<Q", 1 << 60) + b"{}"), DAMAGED),
+    "a pickle": (replace(pickle.dumps({"weights": [0.0]})), DAMAGED),
+    "wrong shape": (
+        tensors(lambda t: t | {NAME: torch.zeros(7, 3)}),
+        f"tensor '{NAME}' has shape [7, 3]; the config needs [80, 48]",
+    ),
+    "missing tensor": (
+        tensors(lambda t: {k: v for k, v in t.items() if k != NAME}),
+        f"lacks 1 tensors of the model: {NAME}",
+    ),
+    "unknown tensor": (
+        tensors(lambda t: t | {"model.layers.1.extra": torch.zeros(1)}),
+        "holds 1 tensors that the model lacks: model.layers.1.extra",
+    ),
+    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing"),
+    "bad index": (write("model.safetensors.index.json", "{}"), "has no 'weight_map'"),
+    "config is no JSON": (write("config.json", "{"), "config.json is not valid JSON"),
+    "unknown model type": (
+        config(model_type="mamba"),
+        "type 'mamba', which no registered family reads. Known types: gpt2, gpt_neox, llama",
+    ),
+    "unknown key": (config(attention_sinks=4), "does not understand: attention_sinks = 4"),
+    "unknown scaling": (
+        config(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None),
+        "by 'yarn'; zoo knows linear and llama3",
+    ),
+    "unknown activation": (config(hidden_act="xielu"), "hidden_act = 'xielu'"),
+    "config lacks a key": (config(hidden_size=None), "lacks 'hidden_size'"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_directory(zoo: Zoo, chat_model: Path, how: str) -> None:  # noqa: F811
     """Guards each message, for generating; converting refuses the same (but for a tokenizer, which it needs not)."""
-    said = break_directory(chat_model, how)
+    damage, said = DAMAGES[how]
+    damage(chat_model)
     result = zoo("generate", chat_model, "--prompt", "x")
     assert said in result.err
     assert result.code == 2

@@ -67,6 +67,30 @@ def test_an_outsider_of_every_kind(lab: PluginLab) -> None:
     assert set(everything) == set(KINDS.values())
 
 
+def test_help_of_several_lines_stays_one_row(lab: PluginLab) -> None:
+    """Guards against a listing that grep can not be used on."""
+    lab.install(
+        "acme",
+        "@hookimpl\ndef zoo_register_loggers(register):\n"
+        "    register('long', 'acme.kernel:Kernel', help='first\\n  second', fix='do\\nthis')\n"
+        "@hookimpl\ndef zoo_register_models(register):\n"
+        "    register('lines', extends='gpt2', help='first\\n  second')\n",
+    )
+    built = load_zoo()
+    assert built.registry.find("logger", "long").help == built.registry.model("lines").help == "first second"
+    (line,) = [line for line in run_inside(built, "list", "loggers").output.splitlines() if line.startswith("long ")]
+    assert line.endswith("acme 1.0  first second")
+
+
+def test_plugins_show_takes_the_name_as_pip_does(lab: PluginLab) -> None:
+    """Guards against 'no such plugin' for another spelling of a distribution's name, and a typo without a hint."""
+    lab.install("acme-kernels", "@hookimpl\ndef zoo_register_loggers(register):\n    pass\n")
+    built = load_zoo()
+    assert "acme-kernels" in run_inside(built, "plugins", "show", "Acme_Kernels").output
+    unknown = run_inside(built, "plugins", "show", "acme-kernel").exception
+    assert "Did you mean 'acme-kernels'?" in str(unknown)
+
+
 def test_every_register_hook_is_of_a_kind() -> None:
     """Guards against a hook that is declared and never called."""
     declared = {name for name in dir(hooks) if name.startswith("zoo_register_")}

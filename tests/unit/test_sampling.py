@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_seeds() -> None:
     ],
     ids=str,
 )
-def test_out_of_range(bad: dict[str, float]) -> None:
+def test_out_of_range(bad: dict[str, Any]) -> None:
     """Guards against values that would be ignored or fail deep inside; the message names the option and its range."""
     (name,) = bad
     for temperature in (0.0, 1.0):  # greedy decoding must not swallow them

@@ -111,7 +111,7 @@ def test_templates_can_not_reach_python() -> None:
 def test_a_model_without_a_template(tmp_path: Path) -> None:
     """Guards the remedy: chat on a base model."""
     reference.save_byte_tokenizer(tmp_path, chat_template=None)
-    with pytest.raises(InputError, match="no chat template.*--chat-template"):
+    with pytest.raises(InputError, match=r"no chat template.*--chat-template"):
         Tokenizer.from_directory(tmp_path).render_chat(CHATS[0])
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from zoo.errors import InputError, ZooError
 
-
 _WARM = "0 (greedy) or above"
 
 

@@ -24,7 +24,7 @@ from zoo.convert.load import open_checkpoint
 from zoo.errors import FileFormatError, InputError
 from zoo.models.cache import KVCache
 from zoo.models.gpt import GPT
-from zoo.plan.parameters import count_parameters
+from zoo.plan.parameters import count_parameters, parameter_shapes
 from zoo.plugins import PluginSelection, load_zoo
 from zoo.registrar import ModelRegistrar, Registrar
 from zoo.registry import Component, ModelEntry, Origin, Registry
@@ -185,6 +185,13 @@ def test_the_masks_that_old_files_hold_are_ignored_and_nothing_else_is(tmp_path:
     save_file({**tensors, "transformer.h.0.attn.q_proj.bias": torch.zeros(48)}, file)
     with pytest.raises(FileFormatError, match=r"transformer\.h\.0\.attn\.q_proj\.bias"):
         load_ours(tmp_path, registry)
+
+
+@every_variant
+def test_a_new_model_has_the_parameters_of_its_spec(config: dict[str, Any], registry: Registry) -> None:
+    spec = GPTJ.read_config(config)
+    built = zoo.build(spec, registry=registry)
+    assert {name: tuple(p.shape) for name, p in built.named_parameters()} == parameter_shapes(spec)
 
 
 @every_model
