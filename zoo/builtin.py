@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zoo.commands import COMMANDS
 from zoo.hooks import hookimpl
 from zoo.registrar import ModelRegistrar, Registrar
 
@@ -65,3 +66,9 @@ def zoo_register_samplers(register: Registrar) -> None:
     register("top-k", f"{sampling}:TopK", help="keep the k likeliest tokens")
     register("top-p", f"{sampling}:TopP", help="keep the likeliest tokens that make up probability p")
     register("min-p", f"{sampling}:MinP", help="keep tokens at least p times as likely as the likeliest")
+
+
+@hookimpl
+def zoo_register_commands(register: Registrar) -> None:
+    for name, (target, help_line) in COMMANDS.items():
+        register(name, target, help=help_line)

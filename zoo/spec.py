@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
 
 from zoo.errors import InputError, UnknownNameError
@@ -28,6 +29,9 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def __post_init__(self) -> None:
+        _check_values(self, "spec.rope.scaling")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
@@ -38,6 +42,9 @@ class RopeSpec:
     interleaved: bool = False
     """Rotate neighbouring pairs (GPT-J) rather than the two halves of the rotary dimensions (GPT-NeoX)."""
     scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check_values(self, "spec.rope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +86,9 @@ class ModelSpec:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        _check_values(self, "spec")
         for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ffn", "vocab_size", "max_seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a positive integer, not {value!r}.")
+            _check_positive(name, getattr(self, name))
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads}).")
         if self.rope is not None and (self.rope.n_dims % 2 or not 0 < self.rope.n_dims <= self.d_head):
@@ -90,7 +96,6 @@ class ModelSpec:
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be within [0, 1), not {getattr(self, name)!r}.")
-        _check_choices(self, "spec")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -105,6 +110,8 @@ class ModelSpec:
         filled = dict(values)
         _check_keys(cls, filled, "spec")
         if "n_heads" in filled and "d_model" in filled:
+            _check_positive("n_heads", filled["n_heads"])
+            _check_positive("d_model", filled["d_model"])
             filled.setdefault("n_kv_heads", filled["n_heads"])
             if "d_head" not in filled and filled["d_model"] % filled["n_heads"]:
                 raise InputError(f"d_model ({filled['d_model']}) must be a multiple of n_heads ({filled['n_heads']}).")
@@ -136,7 +143,6 @@ def _rope_from_dict(values: Mapping[str, Any], d_head: int | None) -> RopeSpec:
         _check_keys(RopeScaling, scaling, "spec.rope.scaling")
         _check_missing(RopeScaling, scaling, "spec.rope.scaling")
         filled["scaling"] = RopeScaling(**scaling)
-        _check_choices(filled["scaling"], "spec.rope.scaling")
     _check_missing(RopeSpec, filled, "spec.rope")
     return RopeSpec(**filled)
 
@@ -154,8 +160,29 @@ def _check_missing(cls: type, values: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} lacks {', '.join(missing)}.")
 
 
-def _check_choices(instance: Any, where: str) -> None:
-    for name, hint in get_type_hints(type(instance)).items():
-        choices = [c for c in get_args(hint) if isinstance(c, str)]
-        if choices and getattr(instance, name) not in choices:
-            raise InputError(f"{where}.{name} must be one of {', '.join(choices)}, not {getattr(instance, name)!r}.")
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, not {value!r}.")
+
+
+def _check_values(instance: Any, where: str) -> None:
+    """Each value is of its field's type: plain data may hold anything."""
+    for name, (choices, types, described) in _rules(type(instance)).items():  # type: ignore[arg-type]  # mypy doubts that classes hash
+        value = getattr(instance, name)
+        if choices and value not in choices:
+            raise InputError(f"{where}.{name} must be one of {', '.join(choices)}, not {value!r}.")
+        if (isinstance(value, bool) and bool not in types) or not isinstance(value, types):
+            raise InputError(f"{where}.{name} must be {described}, not {value!r}.")
+
+
+@cache
+def _rules(cls: type) -> dict[str, tuple[tuple[str, ...], tuple[type, ...], str]]:
+    """For each field: the strings it may be, the types it may have, and those in words."""
+    rules = {}
+    for name, hint in get_type_hints(cls).items():
+        parts = get_args(hint) or (hint,)
+        choices = tuple(part for part in parts if isinstance(part, str))
+        types = {part for part in parts if isinstance(part, type)} | ({str} if choices else set())
+        described = " or ".join("null" if t is type(None) else t.__name__ for t in sorted(types, key=str))
+        rules[name] = (choices, tuple(types | ({int} if float in types else set())), described)
+    return rules

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from importlib import invalidate_caches
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -186,12 +188,15 @@ def test_the_command_line_explains_and_ends_with_3(
     )
 
 
-def test_targets_in_a_module_that_was_never_a_file() -> None:
-    """Guards against calling a component of a notebook or a script (``__main__:Mine``) broken before it is tried."""
+def test_targets_in_a_module_that_was_never_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against calling a component of a notebook (whose ``__main__`` has no spec) broken before it is tried."""
+    notebook = ModuleType("notebook_main")
+    notebook.__dict__["Mine"] = "mine"
+    monkeypatch.setitem(sys.modules, "notebook_main", notebook)
     registry = Registry()
-    registry.add(Component(kind="attention", name="mine", target="__main__:__name__", help="", origin=ORIGIN))
+    registry.add(Component(kind="attention", name="mine", target="notebook_main:Mine", help="", origin=ORIGIN))
     assert component_status(registry.find("attention", "mine")).state == "unprobed"
-    assert registry.load("attention", "mine") == "__main__"
+    assert registry.load("attention", "mine") == "mine"
 
 
 def test_built_ins_are_ok_without_being_imported(registry: Registry) -> None:

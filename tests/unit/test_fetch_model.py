@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import textwrap
 import threading
 from dataclasses import replace
@@ -25,11 +26,13 @@ from pathlib import Path
 from zoo.sources.base import Fetched, SourceError, resumes
 
 calls = []
+inodes = []
 
 def fetch(address, destination, options):
     calls.append((address, sorted(p.name for p in destination.iterdir()) if destination.exists() else []))
     destination.mkdir(exist_ok=True)
     (destination / "config.json").write_text("{}")
+    address = address.partition("#")[0]
     if address == "missing":
         raise SourceError("the shelf has no 'missing'.", fix="Look at another shelf.")
     if address == "unreachable":
@@ -45,6 +48,7 @@ def fetch(address, destination, options):
     if address == "slow":
             time.sleep(0.2)
     (destination / "model.safetensors").write_bytes(b"weights")
+    inodes.append((destination / "model.safetensors").stat().st_ino)
     return Fetched(address + "@7", {"model.safetensors": "0" * 64} if address == "forged" else {})
 
 @resumes
@@ -56,8 +60,6 @@ def goes_on(address, destination, options):
 @pytest.fixture
 def shelf(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """The built-ins and the sources ``shelf:``, ``goes-on:`` and ``needs:``, from a module of a plugin."""
-    import sys
-
     (tmp_path / "plugin").mkdir()
     (tmp_path / "plugin/shelf_source.py").write_text(textwrap.dedent(SHELF))
     monkeypatch.syspath_prepend(tmp_path / "plugin")
@@ -93,15 +95,23 @@ def test_a_model_is_fetched_and_recorded(shelf: Registry, models: Path) -> None:
     assert fetch_model(entry, models / "tiny", OPTIONS, shelf) == "shelf:tiny"
     assert [path.name for path in models.iterdir()] == ["tiny"]
     text = (models / "tiny/zoo.yaml").read_text()
-    assert list(YAML(typ="safe").load(text)) == ["schema", "model", "source", "sha256"]
     digest = hashlib.sha256(b"weights").hexdigest()
+    lines = ["schema: 1", "model: tiny", "source: shelf:tiny@7", "sha256:", f"  model.safetensors: {digest}"]
+    assert text.splitlines() == lines
     assert read_provenance(models / "tiny") == Provenance("shelf:tiny@7", "tiny", {"model.safetensors": digest})
+
+
+def test_it_appears_at_once_by_a_rename(shelf: Registry, models: Path) -> None:
+    fetch_model(["shelf:tiny"], models / "tiny", OPTIONS, shelf)
+    written = sys.modules["shelf_source"].inodes
+    assert written == [(models / "tiny/model.safetensors").stat().st_ino], "a copy can be cut short"
 
 
 @pytest.mark.parametrize("address", ["missing", "unreachable", "empty"])
 def test_a_source_that_fails_makes_room_for_the_next(shelf: Registry, models: Path, address: str) -> None:
     said: list[str] = []
-    assert fetch_model([f"shelf:{address}", "shelf:tiny"], models / "tiny", OPTIONS, shelf, said.append) == "shelf:tiny"
+    sources = [f"shelf:{address}#sha256=00", "shelf:tiny"]
+    assert fetch_model(sources, models / "tiny", OPTIONS, shelf, said.append) == "shelf:tiny"
     assert len(said) == 1
     assert said[0].startswith(f"shelf:{address}: ")
     assert said[0].endswith(" Trying shelf:tiny.")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.hostile_plugins import BROKEN, FLAWED, MODELS, NOISY, Flawed, Hostile
-from tests.plugin_lab import PluginLab, lab_on_path, plugin_of, run_inside
+from tests.plugin_lab import HEALTHY, PluginLab, lab_on_path, plugin_of, run_inside
 from zoo.errors import InputError
 from zoo.plugins import Zoo, load_zoo
 from zoo.registry import BUILT_IN, KINDS
@@ -198,14 +198,25 @@ def test_a_slow_plugin_is_only_timed(lab: PluginLab) -> None:
     assert plugin_of(built, "slow").seconds >= 0.2
 
 
-def test_an_older_copy_further_down_the_path_does_not_count(lab: PluginLab, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("newer", "found"),
+    [
+        ("[zoo.plugins]\nhealthy = healthy.plugin\n", ["1.0"]),
+        ("[zoo.plugins]\nhealthy-old = healthy.plugin\n", ["1.0"]),
+        ("[console_scripts]\nhealthy = healthy:main\n", []),
+    ],
+)
+def test_an_older_copy_further_down_the_path_does_not_count(
+    newer: str, found: list[str], lab: PluginLab, tmp_path: Path
+) -> None:
     """Guards against listing what a distribution registered before its upgrade, when both are on the path."""
     old = PluginLab(tmp_path / "old")
     old.install("healthy", entry_points="[zoo.plugins]\nhealthy-old = healthy.plugin\n", version="0.1")
+    lab.install("healthy", HEALTHY, entry_points=newer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.path", [*sys.path, str(old.root)])
-        built = load_zoo()
-    assert [plugin.version for plugin in built.plugins if plugin.distribution == "healthy"] == ["1.0"]
+        plugins = load_zoo().plugins
+    assert [plugin.version for plugin in plugins if plugin.distribution == "healthy"] == found
 
 
 def test_plugins_list_says_what_each_provides(lab: PluginLab) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.plugin_lab import run_python
 from tests.reference import save_tiny_chat_model
-from zoo.cli.main import COMMANDS
+from zoo.commands import COMMANDS
 
 HEAVY = {
     "gguf",
@@ -42,7 +42,8 @@ runpy.run_module("zoo", run_name="__main__", alter_sys=True)
 """
 """As ``python -m zoo``."""
 EVERY_HELP = """
-from zoo.cli.main import COMMANDS, cli
+from zoo.cli.main import cli
+from zoo.commands import COMMANDS
 for name in COMMANDS:
     cli.main([name, "--help"], prog_name="zoo", standalone_mode=False)
 """

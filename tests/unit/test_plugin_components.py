@@ -10,7 +10,8 @@ import pytest
 
 from tests.plugin_lab import PluginLab, lab_on_path, plugin_of, run_inside
 from zoo import hooks
-from zoo.cli.main import COMMANDS, main
+from zoo.cli.main import main
+from zoo.commands import COMMANDS
 from zoo.plugins import load_zoo
 from zoo.registry import KINDS
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,8 +62,8 @@ def checkpoints(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def resolve(shelf: Registry, checkpoints: Path) -> Resolve:
-    def call(argument: str, options: FetchOptions | None = None, **more: object) -> ResolvedModel:
-        return resolve_model(argument, shelf, checkpoints=checkpoints, options=options, **more)  # type: ignore[arg-type]
+    def call(argument: str, options: FetchOptions | None = None, **more: Any) -> ResolvedModel:
+        return resolve_model(argument, shelf, checkpoints=checkpoints, options=options, **more)
 
     return call
 

@@ -242,10 +242,15 @@ def test_a_file_that_can_not_fit_is_refused_before_it_is_fetched(hub: FakeHub, t
 
 
 @pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("xet: No space left on device")]
+    ("failure", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "filled up while fetching hf:org/tiny"),
+        (RuntimeError("xet: No space left on device"), "filled up while fetching hf:org/tiny"),
+        (PermissionError(errno.EACCES, "Permission denied", "model.safetensors"), "can not write model.safetensors"),
+    ],
 )
-def test_a_disk_that_fills_up_is_not_taken_for_the_network(
-    hub: FakeHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+def test_a_faulty_disk_is_not_taken_for_the_network(
+    hub: FakeHub, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
 ) -> None:
     hub.add("org/tiny", NEEDED)
 
@@ -253,7 +258,7 @@ def test_a_disk_that_fills_up_is_not_taken_for_the_network(
         raise failure
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)  # a disk can not be filled in a test
-    with pytest.raises(ZooError, match="filled up while fetching hf:org/tiny"):
+    with pytest.raises(ZooError, match=reason):
         fetch_model(["hf:org/tiny", "hf:org/other"], tmp_path / "tiny", QUIET, registry)
 
 
@@ -379,12 +384,12 @@ fetch_model(["hf:org/tiny"], Path(sys.argv[1]), FetchOptions(progress=False), re
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", program, str(tmp_path / "models/tiny")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        assert hub.stalled.wait(60), "the download did not begin"
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=5)
-    finally:
-        process.kill()
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert hub.stalled.wait(60), "the download did not begin"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=5)
+        finally:
+            process.kill()
     assert "KeyboardInterrupt" in errors and process.returncode != 0
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".tiny.partial"]

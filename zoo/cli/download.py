@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from zoo.cli.app import App, ZooCommand, json_option, note, pass_app, print_json, print_table
@@ -12,9 +14,10 @@ from zoo.plan.parameters import count_parameters
 @click.argument("model", required=False)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Access token for gated models. [env: HF_TOKEN]")
+@click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]")
 @json_option
 @pass_app
-def command(app: App, model: str | None, revision: str | None, token: str | None, as_json: bool) -> None:
+def command(app: App, /, model: str | None, as_json: bool, **fetch: Any) -> None:
     """Fetch a model's weights; without a name, list what can be had.
 
     MODEL is a registry name or a source such as hf:org/name. The weights go to checkpoints/, or to the directory that
@@ -27,7 +30,7 @@ def command(app: App, model: str | None, revision: str | None, token: str | None
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
 
-    options = FetchOptions(revision=revision, token=token)
+    options = FetchOptions(**fetch)
     found = resolve_model(model, app.registry, checkpoints=checkpoints_directory(), options=options, report=note)
     if as_json:
         print_json({"path": str(found.path), "name": found.name})

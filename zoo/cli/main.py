@@ -11,19 +11,8 @@ import click
 
 from zoo import __version__
 from zoo.cli.app import App
+from zoo.commands import COMMANDS
 from zoo.errors import UnavailableError, UnknownNameError, ZooError
-
-COMMANDS: dict[str, tuple[str, str]] = {
-    "list": ("zoo.cli.list:command", "What is registered: models, families, attention backends, ..."),
-    "show": ("zoo.cli.show:command", "Everything about one model or component."),
-    "plugins": ("zoo.cli.plugins:command", "Installed plugins and what became of them."),
-    "doctor": ("zoo.cli.doctor:command", "This machine: versions, devices, what can not be used and why."),
-    "download": ("zoo.cli.download:command", "Fetch a model's weights; without a name, list what can be had."),
-    "convert": ("zoo.cli.convert:command", "Write a model as a Hugging Face directory."),
-    "generate": ("zoo.cli.generate:command", "Continue a prompt."),
-    "chat": ("zoo.cli.chat:command", "Talk with a model."),
-}
-"""Name -> where it is and its help line, so that ``--help`` imports no command."""
 
 
 class LazyGroup(click.Group):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML
 from torch import Tensor
 
 from zoo.convert.base import Checkpoint
@@ -19,6 +18,7 @@ from zoo.convert.hf import INDEX
 from zoo.convert.safetensors import TensorSlot, write_safetensors
 from zoo.errors import FileFormatError, InputError, ZooError
 from zoo.families.base import Rule
+from zoo.sources.provenance import Provenance, read_provenance, write_provenance
 
 MAX_SHARD_BYTES = 5_000_000_000
 _REPLACED_KEYS = ("dtype", "torch_dtype", "quantization_config")
@@ -155,14 +155,15 @@ def _write_rest(directory: Path, checkpoint: Checkpoint, slots: list[TensorSlot]
         _write_json(directory / "generation_config.json", checkpoint.generation)
     if not (directory / "tokenizer.json").exists():
         _save_tokenizer(directory, checkpoint)
-    provenance = {
-        "schema": 1,
-        "family": checkpoint.family.name,
-        "spec": checkpoint.spec.to_dict(),
-        "converted_from": checkpoint.path.name,
-        "sha256": digests,
-    }
-    YAML().dump(provenance, directory / "zoo.yaml")
+    origin = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    known = read_provenance(origin)
+    write_provenance(
+        directory,
+        Provenance(known.source, known.model, digests),
+        converted_from=checkpoint.path.name,
+        family=checkpoint.family.name,
+        spec=checkpoint.spec.to_dict(),
+    )
 
 
 def _save_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:

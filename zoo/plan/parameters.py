@@ -18,21 +18,29 @@ def parameter_shapes(spec: ModelSpec) -> Shapes:
 
     A tied head is the embedding itself and is not listed. Linear weights are (out, in), as in `torch.nn.Linear`.
     """
-    shapes: Shapes = {"embed.weight": (spec.vocab_size, spec.d_model)}
-    if spec.rope is None:
-        shapes["positions.weight"] = (spec.max_seq_len, spec.d_model)
-    for layer in range(spec.n_layers):
-        shapes.update({f"blocks.{layer}.{name}": shape for name, shape in _block(spec)})
-    shapes.update(_norm("norm", spec))
-    head = dict(_linear("head", spec.d_model, spec.vocab_size, spec.head_bias))
-    if spec.tie_embeddings:
-        del head["head.weight"]
-    return shapes | head
+    block = list(_block(spec))
+    blocks = {f"blocks.{layer}.{name}": shape for layer in range(spec.n_layers) for name, shape in block}
+    return _before(spec) | blocks | _after(spec)
 
 
 def count_parameters(spec: ModelSpec) -> int:
     """Number of parameters, tied ones once."""
-    return sum(prod(shape) for shape in parameter_shapes(spec).values())
+    in_block = sum(prod(shape) for _, shape in _block(spec))
+    return spec.n_layers * in_block + sum(prod(shape) for shape in (_before(spec) | _after(spec)).values())
+
+
+def _before(spec: ModelSpec) -> Shapes:
+    shapes: Shapes = {"embed.weight": (spec.vocab_size, spec.d_model)}
+    if spec.rope is None:
+        shapes["positions.weight"] = (spec.max_seq_len, spec.d_model)
+    return shapes
+
+
+def _after(spec: ModelSpec) -> Shapes:
+    head = dict(_linear("head", spec.d_model, spec.vocab_size, spec.head_bias))
+    if spec.tie_embeddings:
+        del head["head.weight"]
+    return dict(_norm("norm", spec)) | head
 
 
 def _block(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

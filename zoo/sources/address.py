@@ -109,6 +109,11 @@ class Source:
         return name
 
 
+def brief(source: str) -> str:
+    """The source without its fragment, for a line that a person reads."""
+    return source.partition("#")[0]
+
+
 def is_source(text: str) -> bool:
     """Whether ``text`` begins with a scheme."""
     return _SCHEME.fullmatch(text) is not None

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from zoo.errors import InputError, UnavailableError, ZooError
 from zoo.registry import Component, ModelEntry, Registry
-from zoo.sources.address import Source
+from zoo.sources.address import Source, brief
 from zoo.sources.provenance import Provenance, digest_weights, read_provenance, write_provenance
 
 Report = Callable[[str], None]
@@ -145,7 +145,7 @@ def fetch_model(
             except (SourceError, UnavailableError) as error:
                 failures.append((source, error))
                 if following:
-                    report(f"{source}: {error.message} Trying {following}.")
+                    report(f"{brief(source)}: {error.message} Trying {brief(following)}.")
     raise _no_source_worked(name, failures)
 
 
@@ -252,8 +252,8 @@ def _no_source_worked(name: str | None, failures: Sequence[tuple[str, ZooError]]
         source, error = failures[0]
         if isinstance(error, UnavailableError):
             return error
-        return ZooError(f"can not fetch {what} from {source}: {error.message}", fix=error.fix)
-    lines = [f"{source}: {error}" for source, error in failures]
+        return ZooError(f"can not fetch {what} from {brief(source)}: {error.message}", fix=error.fix)
+    lines = [f"{brief(source)}: {error}" for source, error in failures]
     return ZooError(f"none of the {len(failures)} sources of {what} worked:\n  " + "\n  ".join(lines))
 
 

@@ -41,8 +41,8 @@ def read_provenance(directory: Path) -> Provenance:
     )
 
 
-def write_provenance(directory: Path, provenance: Provenance) -> None:
-    """Write ``zoo.yaml``, keeping the other keys of one that is there.
+def write_provenance(directory: Path, provenance: Provenance, **facts: Any) -> None:
+    """Write ``zoo.yaml`` with further ``facts``, keeping the other keys of one that is there.
 
     Raises:
         FileFormatError: the one that is there is damaged.
@@ -52,10 +52,15 @@ def write_provenance(directory: Path, provenance: Provenance) -> None:
     path = directory / FILE_NAME
     content = _read(path)
     content.update(
-        schema=1, model=provenance.model, source=provenance.source, sha256=dict(sorted(provenance.sha256.items()))
+        schema=1,
+        model=provenance.model,
+        source=provenance.source,
+        sha256=dict(sorted(provenance.sha256.items())),
+        **facts,
     )
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.width = 4096
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares it as None
     yaml.dump(content, path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zoo.errors import InputError, UnknownNameError
 from zoo.registry import ModelEntry, Registry
-from zoo.sources.address import Source, is_source
+from zoo.sources.address import Source, brief, is_source
 from zoo.sources.base import FetchOptions, Report, fetch_model, find_source
 from zoo.sources.provenance import read_provenance
 
@@ -51,8 +51,6 @@ def resolve_model(
     try:
         entry = registry.model(argument)
     except UnknownNameError as error:
-        if error.name != argument:
-            raise  # the model is known, and the base that it extends is not
         if path := _path(argument, checkpoints):
             _refuse_revision(argument, options)
             return ResolvedModel(path)
@@ -86,7 +84,8 @@ class _Place:
                 fix=f"Run: python -m zoo download {self.argument}.",
             )
         if self.sources:
-            report(f"{self.argument} is not in {self.path.parent} yet; downloading {self.sources[0]} to {self.path}.")
+            first = brief(self.sources[0])
+            report(f"{self.argument} is not in {self.path.parent} yet; downloading {first} to {self.path}.")
         fetch_model(self.entry or self.sources, self.path, options, registry, report)
         return found
 

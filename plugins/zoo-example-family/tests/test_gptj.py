@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole-head": TINY | {"rotary_dim": 8},
     "inner": TINY | {"n_inner": 100, "activation_function": "relu", "layer_norm_epsilon": 1e-3},
     "tied": TINY | {"tie_word_embeddings": True},
+    "dropouts": TINY | {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3, "initializer_range": 0.05},
 }
 """Every mechanism that the family knows, at least once."""
 
