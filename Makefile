@@ -22,7 +22,9 @@ demo: $(VENV)/.installed
 	@echo "  zoo download | grep pythia            what else there is"
 	@echo "  zoo --help                            all commands"
 
+# The demo model is part of the tests; without a network those few are skipped.
 test: $(VENV)/.installed-dev
+	-$(BIN)/python -m zoo download $(DEMO)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev

@@ -40,10 +40,11 @@ class Terminal:
         )
         os.close(theirs)
         self.seen = ""
+        self._read_to = 0
 
     def wait_for(self, text: str, seconds: float = 60.0) -> None:
         """Read until ``text`` has come since the last wait."""
-        deadline, start = time.monotonic() + seconds, len(self.seen)
+        deadline, start = time.monotonic() + seconds, self._read_to
         while text not in self.seen[start:]:
             ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, self.seen
@@ -51,6 +52,7 @@ class Terminal:
                 self.seen += os.read(self._fd, 65536).decode(errors="replace")
             except OSError:  # the program has ended
                 assert text in self.seen[start:], self.seen
+        self._read_to = self.seen.index(text, start) + len(text)
 
     def type(self, text: str) -> None:
         """What a person types."""
@@ -79,6 +81,8 @@ def test_control_c(chat: Terminal, tmp_path: Path) -> None:
     chat.wait_for("[stopped]")
     chat.type(f"/save {tmp_path / 'chat.json'}\n")
     chat.wait_for("saved 2 messages")
+    chat.wait_for("> ")
+    time.sleep(0.5)  # readline takes the terminal over after it has printed the prompt
     chat.type("\x03")
     chat.wait_for("/exit leaves")
     chat.type("/exit\n")

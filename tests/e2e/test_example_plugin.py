@@ -5,12 +5,12 @@ The environment is a new one that sees the packages of this one, so that nothing
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import venv
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Environment:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         # pip comes from this environment too, where it has one
-        venv.create(directory / "venv", symlinks=os.name != "nt", with_pip=importlib.util.find_spec("pip") is None)
+        venv.create(directory / "venv", symlinks=os.name != "nt", with_pip=not any(distributions(name="pip")))
         scripts = "Scripts" if os.name == "nt" else "bin"
         self.python = directory / "venv" / scripts / "python"
         site_packages = self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()

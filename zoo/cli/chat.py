@@ -79,16 +79,14 @@ class Terminal:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
+                if line.strip() in ("/exit", "/quit"):
+                    return
+                self.handle(line)
             except EOFError:
                 click.echo()
                 return
             except KeyboardInterrupt:
                 click.echo("\n(Ctrl-D or /exit leaves)", err=True)
-                continue
-            if line.strip() in ("/exit", "/quit"):
-                return
-            try:
-                self.handle(line)
             except InputError as error:
                 note(str(error))
 

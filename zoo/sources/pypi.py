@@ -9,7 +9,7 @@ import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -75,7 +75,7 @@ def _parse(address: str) -> _Wanted:
 
 def _download(requirement: str, folder: Path, *, show: bool) -> Path:
     """The wheel, downloaded to ``folder``."""
-    if find_spec("pip") is None:
+    if not any(distributions(name="pip")):
         raise SourceError(f"pip is not installed for {sys.executable}.", fix="Install it: python -m ensurepip.")
     # Wheels alone, or pip would run the setup of a source distribution to learn its metadata.
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
