@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from zoo.convert.safetensors import SafetensorsReader
 from zoo.errors import FileFormatError, InputError
 from zoo.families.base import Family
 from zoo.registry import Registry
+from zoo.text.json_files import read_json_object
 from zoo.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -80,23 +80,6 @@ def family_of(config: dict[str, Any], path: Path, registry: Registry) -> Family:
         )
     family: Family = registry.load("family", f"{component.origin.distribution}/{component.name}")
     return family
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileFormatError: the file is missing, no JSON, or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(f"can not read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise FileFormatError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{path} must hold a JSON object, not a {type(data).__name__}.")
-    return data
 
 
 def _open_weights(directory: Path) -> SafetensorsReader:

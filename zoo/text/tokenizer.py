@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from zoo.errors import FileFormatError, InputError
 from zoo.text.chat import Message, render_chat
+from zoo.text.json_files import read_json_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -42,7 +43,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - tokenizers raises no other
             raise FileFormatError(f"{path} is not a valid tokenizer: {error}.") from None
-        config = {**_special_tokens_map(directory), **_read_json(directory / "tokenizer_config.json")}
+        config = {**_special_tokens_map(directory), **_read_if_there(directory / "tokenizer_config.json")}
         template = directory / "chat_template.jinja"
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
@@ -152,20 +153,12 @@ def _content(token: Any) -> str | None:
 
 
 def _special_tokens_map(directory: Path) -> dict[str, Any]:
-    found = _read_json(directory / "special_tokens_map.json")
+    found = _read_if_there(directory / "special_tokens_map.json")
     return {role: _content(found[role]) for role in SPECIAL_TOKENS if role in found}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{path} must hold a JSON object.")
-    return data
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _no_tokenizer_remedy(directory: Path) -> str:
