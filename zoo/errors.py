@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class ZooError(Exception):
@@ -31,7 +31,7 @@ class UnknownNameError(InputError):
 
     def __init__(self, what: str, name: str, known: Iterable[str], *, fix: str | None = None) -> None:
         names = sorted(set(known))
-        near = get_close_matches(name, names, n=3, cutoff=0.6)
+        near = _nearest(name, names)
         if near:
             hint = f"Did you mean {' or '.join(repr(n) for n in near)}?"
         elif names and len(names) <= 12:
@@ -41,6 +41,13 @@ class UnknownNameError(InputError):
         super().__init__(f"no {what} is named {name!r}.", fix=" ".join(filter(None, (hint, fix))) or None)
         self.name = name
         self.nearest = near
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """The likeliest spellings: up to three, none much farther off than the best."""
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    ratios = {n: SequenceMatcher(None, n, name).ratio() for n in near}
+    return [n for n in near if ratios[n] > max(ratios.values()) - 0.2]
 
 
 class FileFormatError(InputError):

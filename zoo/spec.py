@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from zoo.errors import InputError, UnknownNameError
 
 NormKind = Literal["layer", "rms"]
+NormPlace = Literal["before", "after", "both"]
+QKNormKind = Literal["none", "head", "heads", "width"]
 BlockKind = Literal["sequential", "parallel", "parallel_shared_norm"]
 MLPKind = Literal["plain", "gated"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
@@ -20,14 +22,19 @@ class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the ones trained on.
 
     ``linear`` divides every frequency by ``factor``. ``llama3`` divides the slow ones, keeps the fast ones and
-    interpolates between (Llama 3.1 release notes; wavelengths relative to ``original_max_seq_len``).
+    interpolates between (Llama 3.1 release notes; wavelengths relative to ``original_max_seq_len``). ``longrope``
+    (arXiv 2402.13753) divides each by a factor of its own, of ``short_factors`` for sequences of up to
+    ``original_max_seq_len`` tokens and of ``long_factors`` beyond, and multiplies q and k by ``attn_factor``.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    kind: Literal["linear", "llama3", "longrope"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attn_factor: float = 1.0
 
     def __post_init__(self) -> None:
         _check_values(self, "spec.rope.scaling")
@@ -62,11 +69,21 @@ class ModelSpec:
 
     norm: NormKind
     norm_eps: float
+    norm_place: NormPlace = "before"
+    """Where a sequential block normalizes: what attention and feed-forward read, what they write, or both."""
+    norm_offset: float = 0.0
+    """Added to the stored weight of RMS norms (Gemma stores weight - 1)."""
+    norm_affine: bool = True
+    """Whether norms have weights at all."""
     block: BlockKind = "sequential"
     mlp: MLPKind = "plain"
     activation: Activation = "gelu"
     rope: RopeSpec | None = None
     """``None``: positions are a learned table that is added to the embedding."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers whose q and k are not rotated."""
+    embed_scale: float | None = None
+    """Factor on the token embeddings."""
 
     norm_bias: bool = False
     qkv_bias: bool = False
@@ -79,6 +96,19 @@ class ModelSpec:
     """Factor on the attention scores; ``None``: ``d_head ** -0.5``."""
     attn_scale_by_layer: bool = False
     """Divide the scores of layer ``i`` by ``i + 1`` as well."""
+    attn_softcap: float | None = None
+    """``c``: scores become ``c * tanh(scores / c)``."""
+    head_softcap: float | None = None
+    """As `attn_softcap`, for the logits."""
+    window: int | None = None
+    """How many keys back a query sees, its own included."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers that see everything although there is a ``window``."""
+    qk_norm: QKNormKind = "none"
+    """Normalization of q and k: over each head with one weight for all heads (``head``) or one per head (``heads``),
+    or over all heads together (``width``)."""
+    qkv_clip: float | None = None
+    """q, k and v are clamped to within this of zero."""
 
     embed_dropout: float = 0.0
     attn_dropout: float = 0.0
@@ -91,6 +121,8 @@ class ModelSpec:
             _check_positive(name, getattr(self, name))
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads}).")
+        if self.norm_place != "before" and self.block != "sequential":
+            raise InputError(f"norm_place {self.norm_place!r} needs a sequential block, not {self.block!r}.")
         if self.rope is not None and (self.rope.n_dims % 2 or not 0 < self.rope.n_dims <= self.d_head):
             raise InputError(f"rope.n_dims must be even and within 2..d_head ({self.d_head}), not {self.rope.n_dims}.")
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
@@ -107,7 +139,7 @@ class ModelSpec:
         Raises:
             InputError: a key is unknown or missing, or a value is out of range.
         """
-        filled = dict(values)
+        filled = _with_tuples(values)
         _check_keys(cls, filled, "spec")
         if "n_heads" in filled and "d_model" in filled:
             _check_positive("n_heads", filled["n_heads"])
@@ -124,12 +156,10 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `from_dict` builds an equal spec; values equal to their default are left out."""
-        plain = asdict(self)
+        plain = asdict(self, dict_factory=_with_lists)
         kept = {
             f.name: plain[f.name] for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default
         }
-        if kept.get("rope") and kept["rope"]["scaling"] is None:
-            del kept["rope"]["scaling"]
         return kept
 
 
@@ -139,12 +169,22 @@ def _rope_from_dict(values: Mapping[str, Any], d_head: int | None) -> RopeSpec:
     if d_head is not None:
         filled.setdefault("n_dims", d_head)
     if isinstance(filled.get("scaling"), Mapping):
-        scaling = dict(filled["scaling"])
+        scaling = _with_tuples(filled["scaling"])
         _check_keys(RopeScaling, scaling, "spec.rope.scaling")
         _check_missing(RopeScaling, scaling, "spec.rope.scaling")
         filled["scaling"] = RopeScaling(**scaling)
     _check_missing(RopeSpec, filled, "spec.rope")
     return RopeSpec(**filled)
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Tuples as lists, and what is empty left out: plain data for a file."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items if value not in (None, ())}
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists as tuples: a spec hashes."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
@@ -180,7 +220,8 @@ def _rules(cls: type) -> dict[str, tuple[tuple[str, ...], tuple[type, ...], str]
     """For each field: the strings it may be, the types it may have, and those in words."""
     rules = {}
     for name, hint in get_type_hints(cls).items():
-        parts = get_args(hint) or (hint,)
+        is_tuple = get_origin(hint) is tuple
+        parts = (tuple,) if is_tuple else get_args(hint) or (hint,)
         choices = tuple(part for part in parts if isinstance(part, str))
         types = {part for part in parts if isinstance(part, type)} | ({str} if choices else set())
         described = " or ".join("null" if t is type(None) else t.__name__ for t in sorted(types, key=str))

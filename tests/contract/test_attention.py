@@ -25,6 +25,7 @@ def masks(n_keys: int) -> dict[str, Mask]:
     """One of each kind, and combinations."""
     documents = torch.arange(n_keys).div(max(n_keys // 3, 1), rounding_mode="floor").expand(B, n_keys).clone()
     documents[1] = documents[1].flip(0)
+    padding = torch.tensor([0, max(n_keys - 4, 3)])
     return {
         "causal": CAUSAL,
         "full": Mask(causal=False),
@@ -33,6 +34,9 @@ def masks(n_keys: int) -> dict[str, Mask]:
         "documents": Mask(documents_BS=documents),
         "window-documents": Mask(window=2, documents_BS=documents),
         "full-documents": Mask(causal=False, documents_BS=documents),
+        "padding": Mask(padding_B=padding),
+        "full-padding": Mask(causal=False, padding_B=padding),
+        "padding-window-prefix-documents": Mask(padding_B=padding, window=3, prefix=2, documents_BS=documents),
     }
 
 
@@ -43,7 +47,7 @@ def tensors(n_queries: int, n_keys: int, heads: tuple[int, int], dtype: torch.dt
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def by_the_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+def by_the_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None = None) -> Tensor:
     """softmax(q k^T scale) v in float64, one query and one head at a time, visibility decided key by key."""
     q, k, v = q.double(), k.double(), v.double()
     out = torch.zeros_like(q)
@@ -55,6 +59,7 @@ def by_the_formula(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) ->
             for n in range(q.shape[2]):
                 if seen:
                     scores = torch.stack([q[b, t, n] @ k[b, s, n // group] * scale for s in seen])
+                    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
                     out[b, t, n] = scores.softmax(0) @ v[b, seen, n // group]
     return out
 
@@ -67,6 +72,8 @@ def visible(mask: Mask, b: int, query: int, key: int) -> bool:
     if key < mask.prefix:
         allowed = True
     if mask.documents_BS is not None and mask.documents_BS[b, query] != mask.documents_BS[b, key]:
+        allowed = False
+    if mask.padding_B is not None and key < mask.padding_B[b]:
         allowed = False
     return allowed
 
@@ -154,6 +161,28 @@ def test_no_leak(backend: AttentionBackend) -> None:
         after = backend(q, k, v, mask=CAUSAL, scale=0.25, dropout_p=0.0)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["eager", "flex"])
+def test_softcap(registry: Registry, name: str) -> None:
+    """Guards soft-capped scores with a mask and more keys than queries (a boolean mask added to scores leaked)."""
+    q, k, v = tensors(7, 9, HEADS["gqa"])
+    chosen = masks(9)["window"]
+    expected = by_the_formula(q, k, v, chosen, scale=0.3, softcap=0.5)
+    with torch.no_grad():
+        found = registry.load("attention", name)()(q, k, v, mask=chosen, scale=0.3, softcap=0.5, dropout_p=0.0)
+    assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_backend_that_can_not_softcap_says_so(registry: Registry) -> None:
+    """Guards against soft-capping that is silently left out."""
+    sdpa = registry.load("attention", "sdpa")()
+    assert sdpa.supports(request_for(softcap=True))
+    with pytest.raises(ValueError, match="soft-cap"):
+        sdpa(*tensors(3, 3, HEADS["mha"]), mask=CAUSAL, scale=1.0, softcap=30.0)
+    chosen = choose_attention("auto", request_for(softcap=True), registry)
+    assert chosen.name == "eager"
+    assert chosen.rejected == {"sdpa": ["torch's SDPA can not soft-cap scores"]}
 
 
 def test_inputs_are_not_changed(backend: AttentionBackend) -> None:

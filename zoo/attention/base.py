@@ -29,6 +29,8 @@ class AttentionRequest:
     mask_features: frozenset[str] = frozenset({"causal"})
     """`Mask.features` that will occur."""
     dropout: bool = False
+    softcap: bool = False
+    """Whether scores are soft-capped."""
 
     @classmethod
     def of(cls, spec: ModelSpec, *, device: str, dtype: torch.dtype, training: bool = False) -> AttentionRequest:
@@ -40,7 +42,9 @@ class AttentionRequest:
             n_kv_heads=spec.n_kv_heads,
             d_head=spec.d_head,
             training=training,
+            mask_features=frozenset({"causal"} if spec.window is None else {"causal", "window"}),
             dropout=training and spec.attn_dropout > 0,
+            softcap=spec.attn_softcap is not None,
         )
 
 
@@ -51,13 +55,24 @@ class AttentionBackend(Protocol):
         """Why the request can not be served, one sentence each; empty: it can."""
 
     def __call__(
-        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Attention as `zoo.models.attention.Attend` asks for it."""
 
 
-AUTO_ORDER = ("sdpa", "flex", "eager")
-"""What ``auto`` tries. Only built-ins: installing a plugin changes nobody's results."""
+AUTO_ORDER = {"cuda": ("sdpa", "flex", "eager"), "other": ("sdpa", "eager")}
+"""What ``auto`` tries, by device type: elsewhere, compiling for every length makes flex slower than the formula.
+
+Only built-ins: installing a plugin changes nobody's results.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ def choose_attention(name: str, request: AttentionRequest, registry: Registry) -
             )
         return Choice(name, backend, {})
     rejected: dict[str, list[str]] = {}
-    for candidate in AUTO_ORDER:
+    for candidate in AUTO_ORDER.get(request.device, AUTO_ORDER["other"]):
         status = component_status(registry.find("attention", candidate))
         if status.state != "ok":
             rejected[candidate] = list(status.reasons)

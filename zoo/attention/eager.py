@@ -21,12 +21,22 @@ class Eager:
         return []
 
     def __call__(
-        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Softmax in float32: half precision loses the small weights of long rows."""
         n_kv_heads = k_BSKH.shape[2]
         q_BTKGH = q_BTNH.unflatten(2, (n_kv_heads, -1))
         scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.float(), k_BSKH.float()) * scale
+        if softcap is not None:
+            scores_BKGTS = softcap * torch.tanh(scores_BKGTS / softcap)
         hidden = ~mask.dense(q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.device)[:, :, None]
         weights_BKGTS = scores_BKGTS.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         weights_BKGTS = weights_BKGTS.masked_fill(hidden, 0.0)  # a row that sees nothing is NaN until here

@@ -34,7 +34,15 @@ class Flex:
         return reasons
 
     def __call__(
-        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Raises `ValueError` for dropout, which it can not do."""
         if dropout_p:
@@ -47,6 +55,7 @@ class Flex:
                 _padded(k_BSKH, s).transpose(1, 2),
                 _padded(v_BSKH, s).transpose(1, 2),
                 block_mask=_block_mask(mask, n_queries, n_keys, q_BTNH.device),
+                score_mod=_score_mod(softcap),
                 scale=scale,
                 enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
             )
@@ -61,6 +70,17 @@ def _bucket(n_tokens: int) -> int:
 def _padded(x_BTNH: Tensor, n_tokens: int) -> Tensor:
     missing = n_tokens - x_BTNH.shape[1]
     return F.pad(x_BTNH, (0, 0, 0, 0, 0, missing)) if missing else x_BTNH
+
+
+@cache
+def _score_mod(softcap: float | None) -> Any:
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 @cache
@@ -80,12 +100,16 @@ def _block_mask(mask: Mask, n_queries: int, n_keys: int, device: torch.device) -
         offset = torch.tensor(n_keys - n_queries, device=device)
         end = torch.tensor(n_keys, device=device)
         documents = None if mask.documents_BS is None else F.pad(mask.documents_BS, (0, t + s), value=-1)
+        padding = None if mask.padding_B is None else mask.padding_B.clone()
 
     def mask_mod(b: Tensor, n: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = mask.visible(q + offset, k) & (k < end)
         if documents is not None:
             allowed = allowed & (documents[b, q + offset] == documents[b, k])
+        if padding is not None:
+            allowed = allowed & (k >= padding[b])
         return allowed
 
-    batch = None if documents is None else documents.shape[0]
+    per_row = documents if documents is not None else padding
+    batch = None if per_row is None else per_row.shape[0]
     return create_block_mask(mask_mod, batch, None, t, s, device=str(device))

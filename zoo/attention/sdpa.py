@@ -16,17 +16,31 @@ class SDPA:
     """`torch.nn.functional.scaled_dot_product_attention`: any device, dtype and mask."""
 
     def supports(self, request: AttentionRequest) -> list[str]:
-        """Everything."""
-        return []
+        """Everything but soft-capped scores."""
+        return ["torch's SDPA can not soft-cap scores"] if request.softcap else []
 
     def __call__(
-        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
-        """Builds a dense mask only where neither ``is_causal`` nor no mask at all says the same."""
+        """Builds a dense mask only where neither ``is_causal`` nor no mask at all says the same.
+
+        Raises `ValueError` for a soft cap, which it can not do.
+        """
+        if softcap is not None:
+            raise ValueError("torch's SDPA can not soft-cap scores")
         n_queries, n_keys = q_BTNH.shape[1], k_BSKH.shape[1]
         # torch aligns is_causal to the first key, zoo to the last: they agree only for a square.
-        square_causal = mask.is_plain and mask.causal and n_queries == n_keys
-        sees_all = mask.is_plain and (n_queries == 1 or not mask.causal)
+        plain = mask.is_plain(n_keys)
+        square_causal = plain and mask.causal and n_queries == n_keys
+        sees_all = plain and (n_queries == 1 or not mask.causal)
         dense = None if square_causal or sees_all else mask.dense(n_queries, n_keys, q_BTNH.device)
         out_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),

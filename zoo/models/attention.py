@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.models.cache import KVCache
 from zoo.models.masks import Mask
+from zoo.models.norm import build_qk_norm
 from zoo.models.positions import build_rotate
 from zoo.models.rope import Rotation
 from zoo.spec import ModelSpec
@@ -20,7 +21,15 @@ class Attend(Protocol):
     """What the model asks of an attention backend."""
 
     def __call__(
-        self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, mask: Mask, scale: float, dropout_p: float
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Attention of the last T of S tokens, (B, T, N, H) in q's dtype. A row that sees no key is zero."""
 
@@ -40,21 +49,34 @@ class Attention(nn.Module):
         self.d_head = spec.d_head
         self.dropout_p = spec.attn_dropout
         self.scale = attention_scale(spec, layer)
-        self.rotate = build_rotate(spec)
+        self.softcap = spec.attn_softcap
+        self.clip = float("inf") if spec.qkv_clip is None else spec.qkv_clip
+        self.window = None if layer in spec.full_attention_layers else spec.window
+        self.q_norm = build_qk_norm(spec, spec.n_heads)
+        self.k_norm = build_qk_norm(spec, spec.n_kv_heads)
+        self.rotate = build_rotate(spec, layer)
 
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
         """Returns (B, T, D)."""
-        q_BTNH = self.rotate(self._heads(self.q(x_BTD)), rotation)
-        k_BSKH = self.rotate(self._heads(self.k(x_BTD)), rotation)
+        q_BTNH = self.rotate(self.q_norm(self._heads(self.q(x_BTD))), rotation)
+        k_BSKH = self.rotate(self.k_norm(self._heads(self.k(x_BTD))), rotation)
         v_BSKH = self._heads(self.v(x_BTD))
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
-        dropout_p = self.dropout_p if self.training else 0.0
-        y_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=self.scale, dropout_p=dropout_p)
+        y_BTNH = self.attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask=mask.narrowed(self.window),
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )
         return self.out(y_BTNH.flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.d_head))
+        clipped = x.clamp(-self.clip, self.clip) if self.clip < float("inf") else x
+        return clipped.unflatten(-1, (-1, self.d_head))
 
 
 def attention_scale(spec: ModelSpec, layer: int) -> float:

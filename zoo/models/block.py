@@ -14,7 +14,28 @@ from zoo.spec import ModelSpec
 
 
 class SequentialBlock(nn.Module):
-    """Feed-forward sees what attention has added (GPT-2, Llama)."""
+    """Feed-forward sees what attention has added; norms before (GPT-2, Llama), after (OLMo 2) or both (Gemma 2)."""
+
+    def __init__(self, spec: ModelSpec, layer: int, attend: Attend) -> None:
+        super().__init__()
+        before, after = spec.norm_place != "after", spec.norm_place != "before"
+        self.attn_norm = build_norm(spec) if before else nn.Identity()
+        self.attn = Attention(spec, layer, attend)
+        self.attn_post_norm = build_norm(spec) if after else nn.Identity()
+        self.mlp_norm = build_norm(spec) if before else nn.Identity()
+        self.mlp = build_mlp(spec)
+        self.mlp_post_norm = build_norm(spec) if after else nn.Identity()
+        self.dropout = nn.Dropout(spec.resid_dropout)
+
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+        """Returns (B, T, D)."""
+        attn_BTD = self.attn(self.attn_norm(x_BTD), rotation, mask, cache)
+        x_BTD = x_BTD + self.dropout(self.attn_post_norm(attn_BTD))
+        return x_BTD + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))))
+
+
+class ParallelBlock(nn.Module):
+    """Both see the same input, each through a norm of its own (GPT-NeoX)."""
 
     def __init__(self, spec: ModelSpec, layer: int, attend: Attend) -> None:
         super().__init__()
@@ -23,15 +44,6 @@ class SequentialBlock(nn.Module):
         self.mlp_norm = build_norm(spec)
         self.mlp = build_mlp(spec)
         self.dropout = nn.Dropout(spec.resid_dropout)
-
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
-        """Returns (B, T, D)."""
-        x_BTD = x_BTD + self.dropout(self.attn(self.attn_norm(x_BTD), rotation, mask, cache))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
-
-
-class ParallelBlock(SequentialBlock):
-    """Both see the same input, each through a norm of its own (GPT-NeoX)."""
 
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
         """Returns (B, T, D)."""

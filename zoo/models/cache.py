@@ -5,6 +5,8 @@ Shape letters: B batch, T new tokens, S tokens held, K kv heads, H head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,17 @@ class KVCache:
         grown = held.new_empty(held.shape[0], capacity, *held.shape[2:])
         grown[:, : self.length] = held[:, : self.length]
         return grown
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; one that is named twice becomes two."""
+        index = torch.tensor(rows, device=self._keys[0].device)
+        self._keys = [self._selected(held, index) for held in self._keys]
+        self._values = [self._selected(held, index) for held in self._values]
+
+    def _selected(self, held: Tensor, index: Tensor) -> Tensor:
+        selected = held.new_empty(len(index), *held.shape[1:])
+        torch.index_select(held[:, : self.length], 0, index, out=selected[:, : self.length])
+        return selected
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""

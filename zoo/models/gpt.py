@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.models.attention import Attend
 from zoo.models.block import BLOCKS
 from zoo.models.cache import KVCache
+from zoo.models.ends import SoftCap, build_embedding
 from zoo.models.masks import CAUSAL, Mask
 from zoo.models.norm import build_norm
 from zoo.models.positions import build_positions
@@ -28,12 +29,13 @@ class GPT(nn.Module):
     def __init__(self, spec: ModelSpec, attend: Attend) -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.embed = build_embedding(spec)
         self.positions = build_positions(spec)
         self.dropout = nn.Dropout(spec.embed_dropout)
         self.blocks = nn.ModuleList(BLOCKS[spec.block](spec, i, attend) for i in range(spec.n_layers))
         self.norm = build_norm(spec)
         self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=spec.head_bias)
+        self.cap = nn.Identity() if spec.head_softcap is None else SoftCap(spec.head_softcap)
         self.tie()
 
     def tie(self) -> None:
@@ -63,7 +65,11 @@ class GPT(nn.Module):
             Logits (B, T, V), or (B, 1, V), in the dtype of the weights.
         """
         hidden_BTD = self.hidden(tokens_BT, positions_BT=positions_BT, mask=mask, cache=cache)
-        logits: Tensor = self.head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
+        return self.logits(hidden_BTD[:, -1:] if last_only else hidden_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits of what `hidden` returned, or of some of its positions: (..., D) to (..., V)."""
+        logits: Tensor = self.cap(self.head(hidden_BTD))
         return logits
 
     def hidden(
@@ -74,7 +80,7 @@ class GPT(nn.Module):
         mask: Mask = CAUSAL,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The normalized residual stream (B, T, D) that the head projects. Arguments as in `forward`."""
+        """The normalized residual stream (B, T, D) that `logits` projects. Arguments as in `forward`."""
         n_tokens = tokens_BT.shape[1]
         if positions_BT is None:
             start = cache.length if cache is not None else 0

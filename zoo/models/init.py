@@ -4,7 +4,7 @@
 |---------------------------------------------|-----------------------------------------------------------|
 | embeddings, linear weights                  | normal, std ``init_std``                                  |
 | ``attn.out`` and ``mlp.down`` weights       | normal, std ``init_std / sqrt(2 n_layers)`` (GPT-2, 2.3)  |
-| norm weights                                | 1                                                         |
+| norm weights                                | 1 (stored: 1 - ``norm_offset``)                           |
 | biases                                      | 0                                                         |
 """
 
@@ -27,7 +27,7 @@ def init_weights(model: GPT, generator: torch.Generator | None = None) -> None:
         if name.endswith(".bias"):
             parameter.zero_()
         elif "norm" in name.rsplit(".", 2)[-2]:
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - model.spec.norm_offset)
         else:
             writes_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
             nn.init.normal_(parameter, std=residual_std if writes_residual else std, generator=generator)

@@ -5,7 +5,8 @@ Shape letters: B batch, T query tokens, S key/value tokens. The T queries are al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ class Mask:
         window: at most this many keys back, the query's own included.
         prefix: the first ``prefix`` keys are visible to every query, whatever ``causal`` and ``window`` say.
         documents_BS: integer document of every key; only keys of the query's own document are visible.
+        padding_B: so many keys at the start of each row are padding, hidden from every query.
     """
 
     causal: bool = True
     window: int | None = None
     prefix: int = 0
     documents_BS: Tensor | None = None
+    padding_B: Tensor | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -36,13 +39,20 @@ class Mask:
             "window": self.window is not None,
             "prefix": self.prefix > 0,
             "documents": self.documents_BS is not None,
+            "padding": self.padding_B is not None,
         }
         return frozenset(name for name, on in flags.items() if on)
 
-    @property
-    def is_plain(self) -> bool:
-        """Nothing but causal, or nothing at all."""
-        return self.window is None and self.prefix == 0 and self.documents_BS is None
+    def is_plain(self, n_keys: int) -> bool:
+        """Whether among ``n_keys`` it is nothing but causal, or nothing at all; a window that wide hides nothing."""
+        no_window = self.window is None or (self.causal and self.window >= n_keys)
+        return no_window and self.prefix == 0 and self.documents_BS is None and self.padding_B is None
+
+    def narrowed(self, window: int | None) -> Mask:
+        """This mask with a layer's own window on top: the same object each time, so what is built from it keeps."""
+        if window is None or (self.window is not None and self.window <= window):
+            return self
+        return _narrowed(self, window)
 
     def visible(self, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         """Whether each key is visible to each query by position alone; positions broadcast against each other."""
@@ -64,7 +74,14 @@ class Mask:
             documents = self.documents_BS[:, None, :]
             same = documents[..., n_keys - n_queries :, None] == documents[..., None, :]
             allowed = allowed & same
+        if self.padding_B is not None:
+            allowed = allowed & (key_pos >= self.padding_B[:, None, None, None])
         return allowed
+
+
+@lru_cache(maxsize=8)
+def _narrowed(mask: Mask, window: int) -> Mask:
+    return replace(mask, window=window)
 
 
 CAUSAL = Mask()

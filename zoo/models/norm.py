@@ -1,14 +1,65 @@
-"""Normalization over the model width. Both compute their statistics in float32, whatever the input's dtype."""
+"""Normalization. All of it computes its statistics in float32, whatever the input's dtype.
+
+Shape letters: B batch, T tokens, D model width, N heads, H head size.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.spec import ModelSpec
 
 
-def build_norm(spec: ModelSpec) -> nn.LayerNorm | nn.RMSNorm:
-    """The normalization layer of a spec."""
-    if spec.norm == "rms":
-        return nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
-    return nn.LayerNorm(spec.d_model, eps=spec.norm_eps, bias=spec.norm_bias)
+class OffsetRMSNorm(nn.Module):
+    """RMS norm whose stored weight lacks ``offset`` (Gemma: 1)."""
+
+    def __init__(self, width: int, *, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the last dimension; the product with the weight is float32 too, as in the reference."""
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (normed * (self.weight.float() + self.offset)).to(x.dtype)
+
+
+class HeadsNorm(nn.Module):
+    """Layer or RMS norm of q or k over ``dims``, with a weight of its own for each normalized number.
+
+    Args:
+        shape: of the weight: (H,) shared by all heads, (N, H) one per head, (N * H,) over all heads together.
+    """
+
+    def __init__(self, spec: ModelSpec, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.eps = spec.norm_eps
+        self.offset = spec.norm_offset
+        self.over_width = spec.qk_norm == "width"
+        self.normalize = F.layer_norm if spec.norm == "layer" else F.rms_norm
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        """Returns (B, T, N, H)."""
+        x = x_BTNH.flatten(-2) if self.over_width else x_BTNH
+        normed = self.normalize(x, x.shape[-1:], eps=self.eps) * (self.weight + self.offset)
+        return normed.view_as(x_BTNH)
+
+
+def build_norm(spec: ModelSpec) -> nn.Module:
+    """A normalization layer over the model width."""
+    if spec.norm == "layer":
+        return nn.LayerNorm(spec.d_model, spec.norm_eps, elementwise_affine=spec.norm_affine, bias=spec.norm_bias)
+    if spec.norm_offset:
+        return OffsetRMSNorm(spec.d_model, eps=spec.norm_eps, offset=spec.norm_offset)
+    return nn.RMSNorm(spec.d_model, eps=spec.norm_eps, elementwise_affine=spec.norm_affine)
+
+
+def build_qk_norm(spec: ModelSpec, n_heads: int) -> nn.Module:
+    """What normalizes the ``n_heads`` heads of q or of k."""
+    if spec.qk_norm == "none":
+        return nn.Identity()
+    shapes = {"head": (spec.d_head,), "heads": (n_heads, spec.d_head), "width": (n_heads * spec.d_head,)}
+    return HeadsNorm(spec, shapes[spec.qk_norm])

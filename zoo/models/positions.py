@@ -43,9 +43,9 @@ def build_positions(spec: ModelSpec) -> LearnedPositions | RotaryPositions:
     return LearnedPositions(spec) if spec.rope is None else RotaryPositions(spec.rope)
 
 
-def build_rotate(spec: ModelSpec) -> Rotate:
+def build_rotate(spec: ModelSpec, layer: int) -> Rotate:
     """How an attention layer of this spec turns its q and k."""
-    if spec.rope is None:
+    if spec.rope is None or layer in spec.unrotated_layers:
         return lambda x_BTNH, rotation: x_BTNH
     rotate = rotate_pairs if spec.rope.interleaved else rotate_halves
 

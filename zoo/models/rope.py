@@ -17,16 +17,18 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotary_frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
-    """Radians per position for each of the R/2 pairs, float32."""
+    """Radians per position for each of the R/2 pairs, float32, without scaling."""
     exponents = torch.arange(0, rope.n_dims, 2, device=device, dtype=torch.float32) / rope.n_dims
-    frequencies = 1.0 / (rope.base**exponents)
-    return _scaled(frequencies, rope.scaling) if rope.scaling else frequencies
+    return 1.0 / (rope.base**exponents)
 
 
 def rotation_at(rope: RopeSpec, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
     """Cosines and sines for integer positions. Angles are float32: bfloat16 positions would be off by radians."""
-    angles_BT1r = positions_BT[..., None, None].float() * rotary_frequencies(rope, positions_BT.device)
-    return angles_BT1r.cos().to(dtype), angles_BT1r.sin().to(dtype)
+    frequencies, amplitude = rotary_frequencies(rope, positions_BT.device), 1.0
+    if rope.scaling is not None:
+        frequencies, amplitude = _SCALINGS[rope.scaling.kind](frequencies, rope.scaling, positions_BT)
+    angles_BT1r = positions_BT[..., None, None].float() * frequencies
+    return (angles_BT1r.cos() * amplitude).to(dtype), (angles_BT1r.sin() * amplitude).to(dtype)
 
 
 def rotate_halves(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
@@ -46,11 +48,23 @@ def rotate_pairs(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((rotated, rest), dim=-1)
 
 
-def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
+def _linear(frequencies: Tensor, scaling: RopeScaling, positions_BT: Tensor) -> tuple[Tensor, float]:
+    return frequencies / scaling.factor, 1.0
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling, positions_BT: Tensor) -> tuple[Tensor, float]:
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_seq_len / wavelengths  # rotations within the context that was trained on
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
-    return (1.0 - blend) * frequencies / scaling.factor + blend * frequencies
+    return (1.0 - blend) * frequencies / scaling.factor + blend * frequencies, 1.0
+
+
+def _longrope(frequencies: Tensor, scaling: RopeScaling, positions_BT: Tensor) -> tuple[Tensor, float]:
+    short, long = (frequencies / frequencies.new_tensor(f) for f in (scaling.short_factors, scaling.long_factors))
+    # A tensor decides: reading the length back would stall a GPU and break a compiled graph.
+    is_long = positions_BT.max() >= scaling.original_max_seq_len
+    return torch.where(is_long, long, short), scaling.attn_factor
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "longrope": _longrope}

@@ -45,17 +45,25 @@ def _after(spec: ModelSpec) -> Shapes:
 
 def _block(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     d, f, q_width, kv_width = spec.d_model, spec.d_ffn, spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
-    yield from _norm("attn_norm", spec)
+    before, after = spec.norm_place != "after", spec.norm_place != "before"
+    if before:
+        yield from _norm("attn_norm", spec)
     yield from _linear("attn.q", d, q_width, spec.qkv_bias)
     yield from _linear("attn.k", d, kv_width, spec.qkv_bias)
     yield from _linear("attn.v", d, kv_width, spec.qkv_bias)
     yield from _linear("attn.out", q_width, d, spec.attn_out_bias)
-    if spec.block != "parallel_shared_norm":
+    yield from _qk_norm("attn.q_norm", spec, spec.n_heads)
+    yield from _qk_norm("attn.k_norm", spec, spec.n_kv_heads)
+    if after:
+        yield from _norm("attn_post_norm", spec)
+    if before and spec.block != "parallel_shared_norm":
         yield from _norm("mlp_norm", spec)
     if spec.mlp == "gated":
         yield from _linear("mlp.gate", d, f, spec.mlp_bias)
     yield from _linear("mlp.up", d, f, spec.mlp_bias)
     yield from _linear("mlp.down", f, d, spec.mlp_bias)
+    if after:
+        yield from _norm("mlp_post_norm", spec)
 
 
 def _linear(name: str, d_in: int, d_out: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -64,7 +72,14 @@ def _linear(name: str, d_in: int, d_out: int, bias: bool) -> Iterator[tuple[str,
         yield f"{name}.bias", (d_out,)
 
 
+def _qk_norm(name: str, spec: ModelSpec, n_heads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    shapes = {"head": (spec.d_head,), "heads": (n_heads, spec.d_head), "width": (n_heads * spec.d_head,)}
+    if spec.qk_norm != "none":
+        yield f"{name}.weight", shapes[spec.qk_norm]
+
+
 def _norm(name: str, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (spec.d_model,)
-    if spec.norm_bias:
+    if spec.norm_affine:
+        yield f"{name}.weight", (spec.d_model,)
+    if spec.norm_affine and spec.norm_bias:
         yield f"{name}.bias", (spec.d_model,)
