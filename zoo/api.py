@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
-from zoo.attention.base import AttentionRequest, choose_attention
+from zoo.attention.base import AttentionBackend, AttentionRequest, choose_attention
 from zoo.convert.base import Checkpoint
 from zoo.convert.load import load_model, open_checkpoint
+from zoo.convert.load_quantized import load_quantized
 from zoo.errors import InputError, UnavailableError
 from zoo.families.base import Family
+from zoo.generate.batch import Outcome, run_requests
 from zoo.generate.chat import Conversation
-from zoo.generate.decode import Reply, Session
+from zoo.generate.compile import CompiledDecoding, require_compiler
+from zoo.generate.decode import Session
+from zoo.generate.reply import Reply, Request
 from zoo.generate.sampling import SamplingOptions
+from zoo.generate.speculative import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter, NgramDrafter, Speculation
 from zoo.models.gpt import GPT
 from zoo.models.init import init_weights
 from zoo.plugins import load_zoo
 from zoo.precision.base import choose_precision
+from zoo.precision.quantization import choose_quantizer
 from zoo.registry import Registry
 from zoo.sources.base import FetchOptions
 from zoo.sources.resolve import resolve_model
@@ -31,6 +37,7 @@ from zoo.text.chat import Message
 from zoo.text.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_BATCH_SIZE = 16
 
 
 @lru_cache(maxsize=1)
@@ -52,9 +59,14 @@ class LanguageModel:
     checkpoint: Checkpoint
     precision: str
     attention: str
+    backend: AttentionBackend
     device: torch.device
     notes: list[str]
     """What ``auto`` chose, and why."""
+    quantized: str | None = None
+    """The quantizer whose layers it has."""
+    step: CompiledDecoding | None = None
+    """Runs single tokens compiled."""
 
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
@@ -98,7 +110,7 @@ class LanguageModel:
 
     def session(self) -> Session:
         """A new sequence with a cache of its own."""
-        return Session(self.model, self.tokenizer, self.stop_ids)
+        return Session(self.model, self.tokenizer, self.stop_ids, self.step)
 
     def conversation(self, *, system: str | None = None) -> Conversation:
         """A new conversation."""
@@ -117,6 +129,8 @@ class LanguageModel:
         stop: Sequence[str] = (),
         stream: bool = False,
         sample: int = 0,
+        drafter: Drafter | None = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         **sampling: Any,
     ) -> str | Reply:
         """Continue ``prompt``; returns the new text, or with ``stream`` a `Reply` to iterate over.
@@ -125,19 +139,98 @@ class LanguageModel:
             max_new_tokens: by default 128, or what the context has room for.
             stop: strings before which the text ends.
             sample: number of the sample: those of one seed differ, and each can be had again.
+            drafter: guesses up to ``draft_tokens`` ahead, to be verified at once; see `drafter`.
             sampling: fields of `SamplingOptions`; ``temperature=0`` is greedy.
 
         Raises:
             InputError: the prompt is empty, the request exceeds the context, or an option is out of range.
         """
-        ids = self.tokenizer.encode(prompt)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, self.spec.max_seq_len - len(ids)))
+        request = self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=sample, **sampling)
         if self._session is None:
             self._session = self.session()
-        options = self.sampling(**sampling)
-        reply = self._session.reply(ids, max_new_tokens=max_new_tokens, sampling=options, stop=stop, sample=sample)
+        reply = self._session.reply(
+            request.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop=stop,
+            sample=sample,
+            speculation=None if drafter is None else Speculation(drafter, draft_tokens),
+        )
         return reply if stream else reply.read().text
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **sampling: Any,
+    ) -> list[Reply]:
+        """Continue many prompts, ``batch_size`` at a time; each as `generate` does with ``sample=`` its number.
+
+        Raises:
+            InputError: as `generate`, before any work.
+            UnavailableError: the attention backend can not hide padding.
+            ZooError: the model's logits are not finite numbers for one of them.
+        """
+        requests = [
+            self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=number, **sampling)
+            for number, prompt in enumerate(prompts)
+        ]
+        replies: dict[int, Reply] = {}
+        for number, outcome in self.run(requests, batch_size=batch_size):
+            if not isinstance(outcome, Reply):
+                raise outcome
+            replies[number] = outcome
+        return [replies[number] for number in range(len(requests))]
+
+    def request(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sample: int = 0,
+        **sampling: Any,
+    ) -> Request:
+        """A text to continue or a conversation to answer, for `run`. Options as for `generate`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        room = max(1, self.spec.max_seq_len - len(ids))
+        return Request(
+            prompt_ids=ids,
+            max_new_tokens=min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
+            sampling=self.sampling(**sampling),
+            stop=stop,
+            stop_ids=self.stop_ids,
+            sample=sample,
+        )
+
+    def run(self, requests: Sequence[Request], *, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Outcome]:
+        """Answer requests in batches; yields (number, reply or what went wrong with it) as they finish.
+
+        Raises:
+            InputError: a request can not be served.
+            UnavailableError: the attention backend can not hide padding.
+        """
+        asked = AttentionRequest.of(self.spec, device=self.device.type, dtype=self.model.dtype)
+        asked = replace(asked, mask_features=asked.mask_features | {"padding"})
+        if reasons := self.backend.supports(asked):
+            raise UnavailableError(
+                f"attention {self.attention!r} can not serve a batch: {'; '.join(reasons)}.",
+                fix="Take --attention auto, or prompts one by one.",
+            )
+        return run_requests(self.model, self.tokenizer, requests, batch_size=batch_size)
+
+    def drafter(self, draft: LanguageModel | None = None) -> Drafter:
+        """A drafter for `generate`: a smaller model, or by default earlier text with the same last tokens.
+
+        Raises:
+            InputError: the draft model has another vocabulary.
+        """
+        if draft is None:
+            return NgramDrafter(self.spec.vocab_size)
+        return ModelDrafter(draft.model, draft.tokenizer, self.model, self.tokenizer)
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **sampling: Any) -> str:
         """The assistant's answer to a conversation. Options as for `generate`.
@@ -160,6 +253,8 @@ def load(
     precision: str = "auto",
     attention: str = "auto",
     device: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,  # noqa: A002 - as torch calls it
     fetch: FetchOptions | None = None,
     registry: Registry | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -172,6 +267,8 @@ def load(
         precision: a registered precision; ``auto`` takes the stored one where the device computes in it.
         attention: a registered backend; ``auto`` takes the first that can serve the model.
         device: ``auto`` (cuda, mps or cpu), or a torch device.
+        quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read.
+        compile: decode with a compiled model; the first token then takes about a minute.
         fetch: revision, token and offline mode for downloads.
         report: called with a line when something takes long.
 
@@ -184,15 +281,32 @@ def load(
     found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
     checkpoint = open_checkpoint(found.path, registry)
     target = choose_device(device)
+    quantizer = choose_quantizer(quantize, device=target.type, registry=registry) if quantize else None
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
-    chosen = choose_precision(
-        precision, stored=stored, quantized=checkpoint.quantized, device=target.type, registry=registry
-    )
+    is_quantized = checkpoint.quantized or quantizer is not None
+    chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry)
     request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype)
+    if compile:
+        require_compiler()
+        request = replace(request, mask_features=request.mask_features | {"queries"})
     backend = choose_attention(attention, request, registry)
     notes = [f"{name} attention was not possible: {'; '.join(why)}" for name, why in backend.rejected.items()]
-    loaded = load_model(checkpoint, backend.backend, dtype=chosen.param_dtype, device=target)
-    return LanguageModel(loaded, checkpoint, chosen.name, backend.name, target, notes)
+    if quantizer is None:
+        loaded = load_model(checkpoint, backend.backend, dtype=chosen.param_dtype, device=target)
+    else:
+        loaded = load_quantized(checkpoint, backend.backend, quantizer, dtype=chosen.param_dtype, device=target)
+    step = CompiledDecoding(loaded, report=report) if compile else None
+    return LanguageModel(
+        loaded,
+        checkpoint,
+        chosen.name,
+        backend.name,
+        backend.backend,
+        target,
+        notes,
+        quantizer.name if quantizer else None,
+        step,
+    )
 
 
 def build(

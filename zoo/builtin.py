@@ -28,6 +28,31 @@ def zoo_register_families(register: Registrar) -> None:
     register(
         "llama", "zoo.families.llama:LLAMA", matches=["llama"], help="Llama 1-3, TinyLlama, SmolLM, Vicuna, CodeLlama"
     )
+    register("phi", "zoo.families.phi:PHI", matches=["phi"], help="Phi 1, 1.5 and 2")
+    register("phi3", "zoo.families.phi3:PHI3", matches=["phi3"], help="Phi 3, 3.5 and 4")
+    register("qwen2", "zoo.families.qwen2:QWEN2", matches=["qwen2"], help="Qwen 1.5, 2 and 2.5, QwQ")
+    register("qwen3", "zoo.families.qwen3:QWEN3", matches=["qwen3"], help="Qwen 3")
+    register("smollm3", "zoo.families.smollm3:SMOLLM3", matches=["smollm3"], help="SmolLM 3")
+    register(
+        "stablelm",
+        "zoo.families.stablelm:STABLELM",
+        matches=["stablelm"],
+        help="StableLM 3B-4E1T, StableLM 2, Zephyr, Stable Code",
+    )
+    register("mistral", "zoo.families.mistral:MISTRAL", matches=["mistral"], help="Mistral 7B, Mathstral, Zephyr")
+    register("gemma", "zoo.families.gemma:GEMMA", matches=["gemma"], help="Gemma and CodeGemma")
+    register("gemma2", "zoo.families.gemma2:GEMMA2", matches=["gemma2"], help="Gemma 2")
+    register("olmo", "zoo.families.olmo:OLMO", matches=["olmo"], help="OLMo")
+    register("olmo2", "zoo.families.olmo2:OLMO2", matches=["olmo2"], help="OLMo 2")
+    register(
+        "falcon",
+        "zoo.families.falcon:FALCON",
+        matches=["falcon", "RefinedWeb", "RefinedWebModel"],
+        help="Falcon 7B, 40B, 180B (Falcon 3 is a llama)",
+    )
+    register(
+        "gpt_bigcode", "zoo.families.gpt_bigcode:GPT_BIGCODE", matches=["gpt_bigcode"], help="StarCoder and SantaCoder"
+    )
 
 
 @hookimpl
@@ -45,9 +70,18 @@ def zoo_register_precisions(register: Registrar) -> None:
 
 
 @hookimpl
+def zoo_register_quantizers(register: Registrar) -> None:
+    register("int8", "zoo.precision.int8:Int8", help="8-bit weights, a scale per output channel")
+    register("int4", "zoo.precision.int4:Int4", help="4-bit weights in groups of 32; head and odd sizes in 8 bits")
+
+
+@hookimpl
 def zoo_register_converters(register: Registrar) -> None:
-    register("hf", "zoo.convert.hf:HuggingFace", help="Hugging Face model directory (safetensors)")
+    register("hf", "zoo.convert.hf:HuggingFace", help="Hugging Face model directory (safetensors, .bin, GPTQ, AWQ)")
     register("gguf", "zoo.convert.gguf:GGUF", matches=[".gguf"], help="llama.cpp's GGUF, dequantized")
+    register("litgpt", "zoo.convert.litgpt:LitGPT", help="LitGPT's lit_model.pth with its model_config.yaml")
+    register("nanogpt", "zoo.convert.nanogpt:NanoGPT", help="nanoGPT's ckpt.pt")
+    register("mingpt", "zoo.convert.mingpt:MinGPT", help="minGPT's model.pt with its config.json")
 
 
 @hookimpl

@@ -24,7 +24,8 @@ class RopeScaling:
     ``linear`` divides every frequency by ``factor``. ``llama3`` divides the slow ones, keeps the fast ones and
     interpolates between (Llama 3.1 release notes; wavelengths relative to ``original_max_seq_len``). ``longrope``
     (arXiv 2402.13753) divides each by a factor of its own, of ``short_factors`` for sequences of up to
-    ``original_max_seq_len`` tokens and of ``long_factors`` beyond, and multiplies q and k by ``attn_factor``.
+    ``original_max_seq_len`` tokens and of ``long_factors`` beyond (the longest of a batch decides for all of it), and
+    multiplies q and k by ``attn_factor``.
     """
 
     kind: Literal["linear", "llama3", "longrope"]
@@ -52,6 +53,13 @@ class RopeSpec:
 
     def __post_init__(self) -> None:
         _check_values(self, "spec.rope")
+        if self.scaling is not None and self.scaling.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                if len(getattr(self.scaling, name)) != self.n_dims // 2:
+                    raise InputError(
+                        f"longrope needs {self.n_dims // 2} {name}, one for each rotated pair, not "
+                        f"{len(getattr(self.scaling, name))}."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)

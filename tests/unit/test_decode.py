@@ -15,9 +15,11 @@ from torch.testing import assert_close
 
 from tests import reference
 from zoo.api import LanguageModel, load
-from zoo.errors import InputError
+from zoo.errors import InputError, ZooError
 from zoo.generate.sampling import SamplingOptions
+from zoo.generate.speculative import Speculation
 from zoo.models.cache import KVCache
+from zoo.models.rope import rotation_border
 from zoo.registry import Registry
 
 
@@ -32,13 +34,17 @@ class Letters:
 
 LETTERS = [sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()).index(c) for c in string.ascii_letters]
 GREEDY = SamplingOptions(temperature=0.0, extra=(Letters(),))
-VARIANTS = ["gpt2-by-layer", "gpt_neox", "llama-gqa", "llama-llama3"]
+VARIANTS = ["gpt2-by-layer", "gpt_neox", "llama-gqa", "llama-llama3", "qwen2-sliding", "smollm3", "phi3-longrope"]
 
 
 @pytest.fixture(params=VARIANTS)
 def lm(request: pytest.FixtureRequest, tmp_path: Path, registry: Registry) -> LanguageModel:
     """A tiny model of each family with a byte tokenizer; nothing ends its texts."""
-    family, config = reference.VARIANTS[request.param]
+    return tiny(request.param, tmp_path, registry)
+
+
+def tiny(variant: str, tmp_path: Path, registry: Registry) -> LanguageModel:
+    family, config = reference.VARIANTS[variant]
     reference.save_tiny(tmp_path, family, config | {"vocab_size": 258, "eos_token_id": None, "bos_token_id": None})
     reference.save_byte_tokenizer(tmp_path)
     loaded = load(tmp_path, precision="32-true", device="cpu", registry=registry)
@@ -84,6 +90,28 @@ def test_chunked_prefill(lm: LanguageModel) -> None:
         parts = [lm.model(chunk, cache=cache) for chunk in ids.split([7, 1, 9, 3], dim=1)]
         assert_close(torch.cat(parts, dim=1), lm.model(ids), atol=1e-4, rtol=1e-4)
     assert cache.length == 20
+
+
+def test_where_longrope_changes_its_angles(tmp_path: Path, registry: Registry) -> None:
+    """Guards its border, which each of these crosses: into a filled cache, back, by a chunk, by what was drafted."""
+    lm = tiny("phi3-longrope", tmp_path, registry)
+    border = rotation_border(lm.spec)
+    assert border == 20
+    session = lm.session()
+    for length in (19, 20, 21, 30, 20, 12):
+        prompt = reference.tokens(1, length, 258)[0].tolist()
+        assert session.reply(prompt, max_new_tokens=3, sampling=GREEDY).read().ids == uncached(lm, prompt, 3)
+    cache = KVCache(lm.spec, capacity=40, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        lm.model(reference.tokens(1, 20, 258), cache=cache)
+        with pytest.raises(ZooError, match="1 tokens can not follow the 20 in the cache"):
+            lm.model(reference.tokens(1, 1, 258), cache=cache)
+    prompt = lm.tokenizer.encode("Once upon")
+    for draft_tokens in (1, 4, 30):
+        speculation = Speculation(lm.drafter(lm), draft_tokens)
+        reply = session.reply(prompt, max_new_tokens=25, sampling=GREEDY, speculation=speculation).read()
+        assert reply.ids == uncached(lm, prompt, 25)
+        assert reply.stats.accepted_tokens
 
 
 def test_an_interrupted_reply_leaves_the_session_usable(lm: LanguageModel) -> None:

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from tests import reference
 from zoo.errors import FileFormatError, InputError
@@ -108,6 +109,35 @@ def test_templates_can_not_reach_python() -> None:
         render_chat(attack, CHATS[0], special_tokens={}, add_generation_prompt=True)
 
 
+HALF = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}|{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("reply", ["ab", "a\U0001f600", " \n", "a ", ""])
+@pytest.mark.parametrize("trim", [True, False])
+def test_mask_to_the_last_byte(tmp_path: Path, reply: str, trim: bool) -> None:
+    """Guards replies that end in a character of several tokens or in white space: all of it is what is learnt.
+
+    transformers takes the first byte only, or, where the post-processor trims offsets, all that follows.
+    """
+    reference.save_byte_tokenizer(tmp_path, chat_template=HALF)
+    ours = Tokenizer.from_directory(tmp_path)
+    if trim:
+        ours.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    ids, mask = ours.encode_chat_with_mask([*CHATS[0], {"role": "assistant", "content": reply}, *CHATS[0]])
+    assert ours.decode([i for i, says in zip(ids, mask, strict=True) if says]) == reply
+    assert ids == ours.encode(f"user: Hi|assistant: {reply}|user: Hi|")
+
+
+def test_a_template_that_marks_no_replies(tmp_path: Path) -> None:
+    """Guards against a mask of zeros, with which nothing would be learnt."""
+    reference.save_byte_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"does not mark.*\{% generation %\}"):
+        Tokenizer.from_directory(tmp_path).encode_chat_with_mask(CHATS[0])
+
+
 def test_a_model_without_a_template(tmp_path: Path) -> None:
     """Guards the remedy: chat on a base model."""
     reference.save_byte_tokenizer(tmp_path, chat_template=None)
@@ -143,9 +173,6 @@ def test_saved_tokenizer_loads_in_transformers(tokenizer: Tokenizer, tmp_path: P
 def test_no_tokenizer(tmp_path: Path) -> None:
     """Guards the message: which file is missing, or damaged."""
     with pytest.raises(FileFormatError, match=r"has no tokenizer\.json"):
-        Tokenizer.from_directory(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(FileFormatError, match="sentencepiece"):
         Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(FileFormatError, match="not a valid tokenizer"):

@@ -27,6 +27,8 @@ class Flex:
             reasons.append("FlexAttention has no backward on CPU")
         if request.device not in ("cpu", "cuda"):
             reasons.append(f"FlexAttention runs on cpu and cuda, not on {request.device}")
+        if "queries" in request.mask_features:
+            reasons.append("flex takes the queries to be the last tokens, which compiled decoding does not")
         if request.dropout:
             reasons.append("FlexAttention has no dropout")
         if request.device == "cuda" and request.d_head < 16:
@@ -47,6 +49,8 @@ class Flex:
         """Raises `ValueError` for dropout, which it can not do."""
         if dropout_p:
             raise ValueError("FlexAttention has no dropout")
+        if mask.queries_T is not None:
+            raise ValueError("flex takes the queries to be the last tokens")
         n_queries, n_keys = q_BTNH.shape[1], k_BSKH.shape[1]
         t, s = _bucket(n_queries), _bucket(n_keys)
         with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):

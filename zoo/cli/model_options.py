@@ -18,6 +18,8 @@ _LOADING = [
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
     click.option("--precision", default="auto", show_default=True, help="See: zoo list precisions."),
     click.option("--attention", default="auto", show_default=True, help="See: zoo list attention."),
+    click.option("--quantize", metavar="NAME", help="int8, int4; see: zoo list quantizers."),
+    click.option("--compile", is_flag=True, help="Compile the decoding; the first token then takes about a minute."),
     click.option("--revision", help="Branch, tag or commit on the hub."),
     click.option("--token", envvar="HF_TOKEN", help="Access token for gated models. [env: HF_TOKEN]"),
     click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]"),
@@ -38,7 +40,7 @@ _SAMPLING = [
 
 
 def loading_options(function: F) -> F:
-    """``--device --precision --attention --revision --token --offline``."""
+    """``--device --precision --attention --quantize --compile --revision --token --offline``."""
     return _decorated(function, _LOADING)
 
 
@@ -60,6 +62,8 @@ def load_from_options(
     device: str,
     precision: str,
     attention: str,
+    quantize: str | None,
+    compile: bool,  # noqa: A002 - the option's name
     revision: str | None,
     token: str | None,
     offline: bool,
@@ -73,11 +77,14 @@ def load_from_options(
         precision=precision,
         attention=attention,
         device=device,
+        quantize=quantize,
+        compile=compile,
         fetch=FetchOptions(revision=revision, token=token, offline=offline),
         registry=app.registry,
         report=note,
     )
-    note(f"{lm.checkpoint.path}: {lm.precision} on {lm.device}, {lm.attention} attention")
+    how = ", ".join(filter(None, (f"{lm.precision} on {lm.device}", lm.quantized, f"{lm.attention} attention")))
+    note(f"{lm.checkpoint.path}: {how}")
     for line in lm.notes:
         note(line)
     return lm

@@ -1,16 +1,17 @@
-"""What every file format is opened as, and how it becomes our parameters."""
+"""What every file format is opened as, how it becomes our parameters, and how those become tensors of another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from zoo.errors import FileFormatError
+from zoo.convert.safetensors import TensorSlot
+from zoo.errors import FileFormatError, ZooError
 from zoo.families.base import Family, KeyMap, Rule
 from zoo.registry import Registry
 from zoo.spec import ModelSpec
@@ -58,6 +59,11 @@ class Checkpoint:
     companions: tuple[Path, ...] = ()
     """Files to carry along as they are: tokenizer, chat template, generation config, licence."""
 
+    @property
+    def directory(self) -> Path:
+        """Where it lies, with its provenance."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def located(self) -> dict[str, Rule]:
         """The rule of every stored tensor that holds weights.
 
@@ -93,3 +99,115 @@ class Converter(Protocol):
             FileFormatError: it is damaged or incomplete.
             InputError: its model type is one that no registered family reads.
         """
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What may be chosen about the files that are written."""
+
+    dtype: torch.dtype | str | None = None
+    """Of the weights: a torch dtype, or the name of a quantized type that the format has. ``None``: each tensor keeps
+    its own (float32 if it was quantized)."""
+    max_shard_bytes: int = 5_000_000_000
+    """Weights are cut into files of about this size, where the format has several."""
+    license: str | None = None
+    """What the registry says about the weights' licence."""
+    progress: Callable[[int], None] = lambda n_bytes: None
+    """Called with the bytes of each tensor as it is written."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A conversion that has been checked and can begin."""
+
+    n_tensors: int
+    n_bytes: int
+    """Of the tensors."""
+    to: Callable[[Path], None]
+    """Writes to a path that does not exist, a file or a directory."""
+    rounded: Callable[[str, Tensor], Tensor]
+    """The values that a parameter of ours, given by name, has once it is written."""
+
+
+@runtime_checkable
+class Writer(Converter, Protocol):
+    """A file format that can be written too.
+
+    Its component's ``matches`` may hold a file suffix: a destination that ends so is written in this format.
+    """
+
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Writing:
+        """Prepare ``checkpoint`` to be written. Nothing is written yet; headers are read.
+
+        `zoo.convert.export` decides where, and makes it appear all at once.
+
+        Raises:
+            InputError: the format can not hold this architecture, or not in this dtype.
+            FileFormatError: the checkpoint is damaged, or lacks what the format needs.
+        """
+
+
+def parameter_slots(
+    checkpoint: Checkpoint, rules: Sequence[Rule], dtype: torch.dtype | None, progress: Callable[[int], None]
+) -> list[TensorSlot]:
+    """The tensors of another format, from the checkpoint's own: one stored tensor is held at a time.
+
+    Args:
+        rules: of the key map of the format to be written. A head that is tied is the embedding.
+        dtype: by default that of the tensor which holds the first parameter of each.
+        progress: called with the bytes of each tensor when it has been read.
+
+    Raises:
+        FileFormatError: as `Checkpoint.located`.
+    """
+    parameters = _Parameters(checkpoint)
+
+    def slot(rule: Rule) -> TensorSlot:
+        written = dtype or parameters.dtype(rule.ours[0])
+
+        def read() -> Tensor:
+            tensor = rule.merge([cast(name, parameters.get(name), written) for name in rule.ours])
+            progress(tensor.nbytes)
+            return tensor
+
+        return TensorSlot(rule.stored, rule.stored_shape, written, read)
+
+    return [slot(rule) for rule in rules]
+
+
+def cast(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``values`` in ``dtype``, if one is given.
+
+    Raises:
+        ZooError: a value is finite and too large for float16.
+    """
+    if dtype is None:
+        return values
+    found = values.to(dtype)
+    if dtype == torch.float16 and values.dtype != dtype and found.isinf().any() and not values.isinf().any():
+        largest = values.abs().max().item()
+        raise ZooError(f"{name} holds {largest:g}; float16 ends at 65504.", fix="Write bf16 or fp32.")
+    return found
+
+
+class _Parameters:
+    """Our parameters by name, read through the source's key map; the last stored tensor is kept split."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._located: dict[str, tuple[str, Rule]] = {}
+        for stored, rule in checkpoint.located().items():
+            for name in rule.ours:
+                self._located[name] = (stored, rule)
+        if checkpoint.spec.tie_embeddings:
+            self._located["head.weight"] = self._located["embed.weight"]
+        self._held: tuple[str, list[Tensor]] = ("", [])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.tensors.dtype(self._located[name][0])
+
+    def get(self, name: str) -> Tensor:
+        stored, rule = self._located[name]
+        if self._held[0] != stored:
+            self._held = (stored, rule.split(self._checkpoint.tensors.get(stored)))
+        return self._held[1][rule.ours.index(name) if name in rule.ours else 0]

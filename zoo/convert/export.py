@@ -1,27 +1,22 @@
-"""Writes a checkpoint as a Hugging Face model directory, tensor by tensor, all or nothing."""
+"""Makes what a converter writes appear all at once: it is there, complete and on the disk, or it is not."""
 
 from __future__ import annotations
 
 import errno
-import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from zoo.convert.base import Checkpoint
-from zoo.convert.hf import INDEX
-from zoo.convert.safetensors import TensorSlot, write_safetensors
-from zoo.errors import FileFormatError, InputError, ZooError
-from zoo.families.base import Rule
-from zoo.sources.provenance import Provenance, read_provenance, write_provenance
+from zoo.convert.base import Checkpoint, WriteOptions, Writer, Writing
+from zoo.convert.hf import HuggingFace
+from zoo.errors import InputError, UnavailableError, ZooError
+from zoo.registry import Registry
 
-MAX_SHARD_BYTES = 5_000_000_000
-_REPLACED_KEYS = ("dtype", "torch_dtype", "quantization_config")
+MAX_SHARD_BYTES = WriteOptions.max_shard_bytes
 
 
 @dataclass(frozen=True)
@@ -37,145 +32,105 @@ def export_model(
     checkpoint: Checkpoint,
     destination: Path,
     *,
-    dtype: torch.dtype | None = None,
+    writer: Writer | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> Exported:
-    """Write config, weights, tokenizer and provenance to ``destination``, which appears only when complete.
+    """Write ``checkpoint`` to ``destination``, which appears only when complete.
 
     Args:
+        writer: the format; by default a Hugging Face directory.
         dtype: of the written weights; by default each tensor keeps its own (float32 if it was quantized).
         progress: called with the bytes of each tensor as it is written.
 
     Raises:
-        InputError: the destination exists and is not empty.
+        InputError: the destination is taken, or the format can not hold the model.
         FileFormatError: the source is damaged.
         ZooError: the disk is full.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination} exists and is not empty.", fix="Choose another directory, or remove it.")
-    slots = _slots(checkpoint, dtype, progress)
-    needed = sum(slot.n_bytes for slot in slots)
+    options = WriteOptions(dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    return commit((writer or HuggingFace()).write(checkpoint, options), destination)
+
+
+def commit(writing: Writing, destination: Path) -> Exported:
+    """Write beside ``destination``, flush it to the disk, and rename. Raises as `export_model`."""
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        what = "already" if destination.is_file() else "and is not empty"
+        raise InputError(f"{destination} exists {what}.", fix="Choose another name, or remove it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(destination, needed)
+    _check_space(destination, writing.n_bytes)
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    _remove(partial)
     try:
-        digests = _write_weights(partial, slots, max_shard_bytes)
-        _write_rest(partial, checkpoint, slots, digests)
+        writing.to(partial)
+        _flush(partial)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
+        _flush_directory(destination.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if error.errno == errno.ENOSPC:
-            raise _disk_full(destination, needed) from None
+            raise _disk_full(destination, writing.n_bytes) from None
         raise ZooError(f"can not write {destination}: {error.strerror or error}.") from None
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
-    return Exported(destination, len(slots), needed)
+    return Exported(destination, writing.n_tensors, writing.n_bytes)
 
 
-class _Parameters:
-    """Our parameters by name, read through the source's key map; the last stored tensor is kept split."""
+def choose_writer(format_name: str | None, destination: Path, registry: Registry) -> tuple[str, Writer]:
+    """The format to write and its converter: the named one, or the one whose suffix ``destination`` has, or hf.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._located: dict[str, tuple[str, Rule]] = {}
-        for stored, rule in checkpoint.located().items():
-            for name in rule.ours:
-                self._located[name] = (stored, rule)
-        self._held: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._checkpoint.tensors.dtype(self._located[name][0])
-
-    def get(self, name: str) -> Tensor:
-        stored, rule = self._located[name]
-        if self._held[0] != stored:
-            parts = rule.split(self._checkpoint.tensors.get(stored))
-            self._held = (stored, dict(zip(rule.ours, parts, strict=True)))
-        return self._held[1][name]
+    Raises:
+        UnknownNameError: no format has this name.
+        InputError: it can be read but not written, or is a single file and the destination is not named like one.
+    """
+    by_suffix = registry.match("converter", destination.suffix)
+    name = format_name or ("hf" if by_suffix is None else by_suffix.name)
+    converter = registry.load("converter", name)()
+    if not isinstance(converter, Writer):
+        known = [other for other, _ in registry.components("converter") if _can_be_written(other, registry)]
+        raise InputError(f"the format {name!r} can be read but not written.", fix=f"Write {', '.join(known)}.")
+    suffixes = registry.find("converter", name).matches
+    if suffixes and destination.suffix not in suffixes:
+        raise InputError(f"a {name} model is one file; {destination} does not end in {' or '.join(suffixes)}.")
+    return name, converter
 
 
-def _slots(checkpoint: Checkpoint, dtype: torch.dtype | None, progress: Callable[[int], None]) -> list[TensorSlot]:
-    parameters = _Parameters(checkpoint)
-
-    def slot(rule: Rule) -> TensorSlot:
-        written = dtype or parameters.dtype(rule.ours[0])
-
-        def read() -> Tensor:
-            tensor = rule.merge([parameters.get(name).to(written) for name in rule.ours])
-            progress(tensor.nbytes)
-            return tensor
-
-        return TensorSlot(rule.stored, rule.stored_shape, written, read)
-
-    return [slot(rule) for rule in checkpoint.family.keys.rules(checkpoint.spec)]
-
-
-def _write_weights(directory: Path, slots: list[TensorSlot], max_shard_bytes: int) -> dict[str, str]:
-    shards = _shards(slots, max_shard_bytes)
-    if len(shards) == 1:
-        return {"model.safetensors": write_safetensors(directory / "model.safetensors", slots)}
-    digests, weight_map = {}, {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        digests[name] = write_safetensors(directory / name, shard)
-        weight_map.update({slot.name: name for slot in shard})
-    index = {"metadata": {"total_size": sum(slot.n_bytes for slot in slots)}, "weight_map": weight_map}
-    _write_json(directory / INDEX, index)
-    return digests
-
-
-def _shards(slots: list[TensorSlot], max_shard_bytes: int) -> list[list[TensorSlot]]:
-    shards: list[list[TensorSlot]] = [[]]
-    size = 0
-    for slot in slots:
-        if shards[-1] and size + slot.n_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(slot)
-        size += slot.n_bytes
-    return shards
-
-
-def _write_rest(directory: Path, checkpoint: Checkpoint, slots: list[TensorSlot], digests: dict[str, str]) -> None:
-    """Config, generation config, tokenizer and ``zoo.yaml``."""
-    kept = {key: value for key, value in checkpoint.config.items() if key not in _REPLACED_KEYS}
-    dtype = str(slots[0].dtype).removeprefix("torch.")
-    # Both say the same; the source's own words are kept where it has any ("gelu_new", bos_token_id, notes).
-    config = {**checkpoint.family.write_config(checkpoint.spec), **kept, "torch_dtype": dtype}
-    _write_json(directory / "config.json", {key: value for key, value in config.items() if value is not None})
-    for path in checkpoint.companions:
-        shutil.copyfile(path, directory / path.name)
-    if checkpoint.generation and not (directory / "generation_config.json").exists():
-        _write_json(directory / "generation_config.json", checkpoint.generation)
-    if not (directory / "tokenizer.json").exists():
-        _save_tokenizer(directory, checkpoint)
-    origin = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    known = read_provenance(origin)
-    write_provenance(
-        directory,
-        Provenance(known.source, known.model, digests),
-        converted_from=checkpoint.path.name,
-        family=checkpoint.family.name,
-        spec=checkpoint.spec.to_dict(),
-    )
-
-
-def _save_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
+def _can_be_written(name: str, registry: Registry) -> bool:
     try:
-        tokenizer = checkpoint.load_tokenizer()
-    except FileFormatError:
-        return  # weights without a tokenizer are a legitimate model; generation says so when it needs one
-    tokenizer.save(directory)
+        return isinstance(registry.load("converter", name)(), Writer)
+    except UnavailableError:
+        return False
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _flush(path: Path) -> None:
+    """Wait until all of ``path`` is on the disk: a rename may survive a power cut that its data do not."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("r+b") as opened:
+                os.fsync(opened.fileno())
+    if path.is_dir():
+        _flush_directory(path)
+
+
+def _flush_directory(path: Path) -> None:
+    if os.name != "posix":
+        return  # Windows can not open a directory
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_space(destination: Path, needed: int) -> None:

@@ -9,29 +9,15 @@ from typing import Any
 
 import torch
 
-from zoo.convert.base import Checkpoint
+from zoo.convert.base import Checkpoint, WriteOptions, Writing
+from zoo.convert.gguf_config import ROPE_FREQS, config_from_metadata, generation_from_metadata
 from zoo.convert.gguf_file import GGUFTensors, begins_as_gguf
+from zoo.convert.gguf_writer import write_gguf
 from zoo.errors import FileFormatError, InputError, UnavailableError
 from zoo.families.base import Family
 from zoo.registry import BUILT_IN, Registry
 from zoo.text.gguf_tokenizer import tokenizer_from_gguf
 from zoo.text.tokenizer import Tokenizer
-
-_NEUTRAL: dict[str, Any] = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
-"""Keys of an architecture that change nothing at these values, and that no family needs to know."""
-_LABELS = {"tensor_data_layout"}
-"""Keys of an architecture that never change what the model computes."""
-_ROPE_FREQS = "rope_freqs"
-"""Where a family finds the factors of the tensor ``rope_freqs.weight``, as a list of floats."""
-
-_SPECIAL_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-_SAMPLING = {
-    "temperature": "temp",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "penalty_repeat",
-}
 
 
 class GGUF:
@@ -62,11 +48,11 @@ class GGUF:
         family = _family(path, metadata.get("general.architecture"), registry)
         assert family.gguf is not None
         with _naming(path):
-            config = _config(metadata, tensors, family)
+            config = _config(tensors, family)
             spec = family.read_config(config)
             if spec.n_layers > len(tensors.names()):
                 raise FileFormatError(f"it says that it has {spec.n_layers} layers, but holds fewer tensors.")
-            generation = _generation(metadata)
+            generation = generation_from_metadata(metadata)
 
         def load_tokenizer() -> Tokenizer:
             with _naming(path):
@@ -83,6 +69,10 @@ class GGUF:
             generation=generation,
             quantized=tensors.quantized,
         )
+
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Writing:
+        """Prepare a file that llama.cpp loads. Raises as `Writer.write`."""
+        return write_gguf(checkpoint, options)
 
 
 def _locate(path: Path) -> Path:
@@ -131,72 +121,11 @@ def _family(path: Path, architecture: Any, registry: Registry) -> Family:
     raise InputError(f"{path} has the architecture {architecture!r}; zoo reads {', '.join(sorted(known))}.{unloaded}")
 
 
-class _Metadata(Mapping[str, Any]):
-    """Metadata as a family reads them; remembers the keys that were asked for."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-        self.asked: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def _config(metadata: Mapping[str, Any], tensors: GGUFTensors, family: Family) -> dict[str, Any]:
-    """The Hugging Face config of a file.
-
-    Raises:
-        KeyError: metadata that the family needs are missing.
-        InputError: there are metadata of the architecture that neither the family nor zoo understands.
-    """
-    assert family.gguf is not None
-    names = tensors.names()
-    values = dict(metadata)
+def _config(tensors: GGUFTensors, family: Family) -> dict[str, Any]:
+    values, names = dict(tensors.metadata), tensors.names()
     if "rope_freqs.weight" in names:
-        values[_ROPE_FREQS] = tensors.get("rope_freqs.weight", torch.float32).flatten().tolist()
-    view = _Metadata(values)
-    prefix = f"{family.gguf.architecture}."
-    config: dict[str, Any] = {
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
-        "vocab_size": view.get(f"{prefix}vocab_size") or tensors.shape("token_embd.weight")[0],
-        "tie_word_embeddings": "output.weight" not in names,
-        **_special_ids(metadata),
-        **family.gguf.read_config(view),
-    }
-    left = [key for key in values if key.startswith(prefix) or key == _ROPE_FREQS]
-    left = [key for key in left if key not in view.asked and not _harmless(key.removeprefix(prefix), values[key])]
-    if left:
-        shown = ", ".join(f"{key} = {values[key]!r:.60}" for key in left)
-        raise InputError(f"it has settings that zoo does not understand: {shown}.")
-    return config
-
-
-def _harmless(key: str, value: Any) -> bool:
-    return key in _LABELS or (key in _NEUTRAL and bool(_NEUTRAL[key] == value))
-
-
-def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in _SPECIAL_IDS.items()}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json would hold. Every token that ends a text or a turn is an ``eos_token_id``."""
-    found: dict[str, Any] = dict(_special_ids(metadata))
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    unique = list(dict.fromkeys(end for end in ends if end is not None))
-    if unique:
-        found["eos_token_id"] = unique[0] if len(unique) == 1 else unique
-    sampling = {ours: metadata.get(f"general.sampling.{theirs}") for ours, theirs in _SAMPLING.items()}
-    return found | {key: value for key, value in sampling.items() if value is not None}
+        values[ROPE_FREQS] = tensors.get("rope_freqs.weight", torch.float32).flatten().tolist()
+    return config_from_metadata(values, names, tensors.shape("token_embd.weight")[0], family)
 
 
 @contextmanager

@@ -1,19 +1,24 @@
-"""Hugging Face model directories, used in place: config.json, safetensors, tokenizer, generation config."""
+"""Hugging Face model directories, used in place: config.json, weights, tokenizer, generation config."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from zoo.convert.base import Checkpoint
+from zoo.convert.base import Checkpoint, TensorReader, WriteOptions, Writing
+from zoo.convert.hf_writer import INDEX, write_hf
+from zoo.convert.litgpt_config import looks_like_litgpt
+from zoo.convert.mingpt import looks_like_mingpt
+from zoo.convert.packed import DequantizedTensors, read_scheme
 from zoo.convert.safetensors import SafetensorsReader
+from zoo.convert.torch_file import TorchTensors
 from zoo.errors import FileFormatError, InputError
 from zoo.families.base import Family
 from zoo.registry import Registry
 from zoo.text.json_files import read_json_object
 from zoo.text.tokenizer import Tokenizer
 
-INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,37 +36,46 @@ COMPANIONS = (
 
 
 class HuggingFace:
-    """Opens a model directory in the Hugging Face layout."""
+    """The converter of model directories in the Hugging Face layout."""
 
     def reads(self, path: Path) -> bool:
-        """A directory with a config.json."""
-        return (path / "config.json").is_file()
+        """A directory with a config.json, unless it lies beside weights of minGPT or LitGPT."""
+        return (path / "config.json").is_file() and not looks_like_mingpt(path) and not looks_like_litgpt(path)
 
     def open(self, path: Path, registry: Registry) -> Checkpoint:
-        """Open the directory. Nothing but headers is read.
+        """Open the directory. Nothing but headers is read; weights that GPTQ or AWQ packed are unpacked when asked for.
 
         Raises:
-            FileFormatError: weights are missing, or a file is damaged.
+            FileFormatError: weights are missing, a file is damaged, or they are quantized in another way.
             InputError: no registered family reads its model type, or the config has a key that none understands.
         """
         config = read_json_object(path / "config.json")
+        quantization = _quantization(config, path)
         family = family_of(config, path, registry)
         try:
-            spec = family.read_config(config)
+            spec = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
         except InputError as error:
             raise InputError(f"{path / 'config.json'}: {error.message}", fix=error.fix) from None
         generation = path / "generation_config.json"
+        tensors = _open_weights(path)
+        if quantization is not None:
+            tensors = DequantizedTensors(tensors, read_scheme(quantization, path), family.keys, spec, path)
         return Checkpoint(
             path=path,
             family=family,
             spec=spec,
             keys=family.keys,
-            tensors=_open_weights(path),
+            tensors=tensors,
             config=config,
             load_tokenizer=lambda: Tokenizer.from_directory(path),
             generation=read_json_object(generation) if generation.is_file() else {},
+            quantized=isinstance(tensors, DequantizedTensors) and tensors.quantized,
             companions=tuple(path / name for name in COMPANIONS if (path / name).is_file()),
         )
+
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Writing:
+        """Prepare a directory that ``transformers`` loads. Raises as `Writer.write`."""
+        return write_hf(checkpoint, options)
 
 
 def family_of(config: dict[str, Any], path: Path, registry: Registry) -> Family:
@@ -82,25 +96,40 @@ def family_of(config: dict[str, Any], path: Path, registry: Registry) -> Family:
     return family
 
 
-def _open_weights(directory: Path) -> SafetensorsReader:
-    index = directory / INDEX
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise FileFormatError(f"{index} has no 'weight_map'.")
-        return SafetensorsReader({name: directory / file for name, file in weight_map.items()})
+def _quantization(config: dict[str, Any], directory: Path) -> Any:
+    """What says how the weights are quantized, if they are: in config.json, or where AutoGPTQ wrote it at first."""
+    older = directory / "quantize_config.json"
+    if config.get("quantization_config") is None and older.is_file():
+        return {"quant_method": "gptq", **read_json_object(older)}
+    return config.get("quantization_config")
+
+
+def _open_weights(directory: Path) -> TensorReader:
+    """Safetensors if there are any, else what ``torch.save`` wrote."""
+    if (directory / INDEX).is_file():
+        return SafetensorsReader(_indexed(directory / INDEX))
     single = directory / "model.safetensors"
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileFormatError(f"{directory} has no weights.", fix=_no_weights_remedy(directory))
     if len(files) > 1:
         raise FileFormatError(
             f"{directory} has {len(files)} safetensors files but no {INDEX}.", fix="Download it again."
         )
-    return SafetensorsReader.from_files(files)
+    if files:
+        return SafetensorsReader.from_files(files)
+    if (directory / TORCH_INDEX).is_file():
+        return TorchTensors.from_shards(_indexed(directory / TORCH_INDEX))
+    if (directory / "pytorch_model.bin").is_file():
+        return TorchTensors.from_file(directory / "pytorch_model.bin")
+    raise FileFormatError(
+        f"{directory} has no weights.", fix="Expected *.safetensors, or pytorch_model.bin, beside config.json."
+    )
 
 
-def _no_weights_remedy(directory: Path) -> str:
-    if any(directory.glob("*.bin")):
-        return "Its *.bin files are pickles, which zoo does not read; take a safetensors version of the model."
-    return "Expected *.safetensors files beside config.json."
+def _indexed(index: Path) -> dict[str, Path]:
+    """The file that each tensor is in."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(f"{index} has no 'weight_map'.")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise FileFormatError(f"{index}: 'weight_map' must map each tensor to the name of a file.")
+    return {name: index.parent / file for name, file in weight_map.items()}

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from zoo.errors import FileFormatError, InputError, UnknownNameError, ZooError
 from zoo.families.transforms import TRANSFORMS, Transform
 from zoo.plan.parameters import parameter_shapes
-from zoo.spec import Activation, ModelSpec
+from zoo.spec import Activation, BlockKind, ModelSpec
 
 Config = Mapping[str, Any]
+Line = tuple[str, tuple[str, ...], str]
+"""Stored name, our names, transform."""
 T = TypeVar("T")
 
 
@@ -46,8 +49,8 @@ class Rule:
 class KeyMap:
     """A bijection between stored tensor names and our parameters, written as a table.
 
-    One line each: stored name, our name, and a transform if values move. ``{i}`` runs over the layers;
-    ``attn.{q,k,v}`` names several parameters that one stored tensor holds, in its order::
+    One line each: stored name, our name, and a transform if values move. ``{i}`` runs over the layers, ``{n}`` over
+    the heads; ``attn.{q,k,v}`` names several parameters that one stored tensor holds, in its order::
 
         h.{i}.ln_1.weight          blocks.{i}.attn_norm.weight
         h.{i}.attn.c_attn.weight   blocks.{i}.attn.{q,k,v}.weight    transposed
@@ -56,13 +59,22 @@ class KeyMap:
         table: the lines. Parameters that a spec does not have (biases, say) are left out for that spec.
         prefix: what stored names begin with in a causal-LM file; a file without it is understood too.
         ignore: regular expressions of stored names that carry no weights (old buffers).
+        by_block: more lines for one kind of block, where the stored names depend on it.
 
     Raises:
         InputError: a line is malformed, or names a transform that there is not.
     """
 
-    def __init__(self, table: str, *, prefix: str = "", ignore: Sequence[str] = ()) -> None:
-        self._lines = [_parse(line) for line in table.strip().splitlines() if line.strip()]
+    def __init__(
+        self,
+        table: str,
+        *,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        by_block: Mapping[BlockKind, str] | None = None,
+    ) -> None:
+        self._lines = _parse_table(table)
+        self._by_block = {block: _parse_table(lines) for block, lines in (by_block or {}).items()}
         self.prefix = prefix
         self._ignore = re.compile("|".join(ignore)) if ignore else None
 
@@ -74,14 +86,14 @@ class KeyMap:
         """
         shapes = parameter_shapes(spec)
         rules = []
-        for stored, ours, transform in self._lines:
-            for layer in range(spec.n_layers) if "{i}" in stored else [0]:
-                names = tuple(name.replace("{i}", str(layer)) for name in ours)
+        for stored, ours, transform in [*self._lines, *self._by_block.get(spec.block, ())]:
+            layers = range(spec.n_layers) if "{i}" in stored else [0]
+            heads = range(spec.n_heads) if "{n}" in stored else [0]
+            for layer, head in product(layers, heads):
+                names = tuple(_numbered(name, layer, head) for name in ours)
                 if any(name in shapes for name in names):
                     name_shapes = tuple(shapes[name] for name in names if name in shapes)
-                    rules.append(
-                        Rule(stored.replace("{i}", str(layer)), names, name_shapes, TRANSFORMS[transform], spec)
-                    )
+                    rules.append(Rule(_numbered(stored, layer, head), names, name_shapes, TRANSFORMS[transform], spec))
         _check_bijection(rules, shapes)
         order = {name: i for i, name in enumerate(shapes)}
         return sorted(rules, key=lambda rule: order[rule.ours[0]])
@@ -119,7 +131,15 @@ class KeyMap:
         return spec.tie_embeddings and name in heads
 
 
-def _parse(line: str) -> tuple[str, tuple[str, ...], str]:
+def _numbered(name: str, layer: int, head: int) -> str:
+    return name.replace("{i}", str(layer)).replace("{n}", str(head))
+
+
+def _parse_table(table: str) -> list[Line]:
+    return [_parse(line) for line in table.strip().splitlines() if line.strip()]
+
+
+def _parse(line: str) -> Line:
     words = line.split()
     if len(words) not in (2, 3):
         raise InputError(
@@ -159,6 +179,9 @@ class GGUFMap:
     read_config: Callable[[Config], dict[str, Any]]
     """From GGUF metadata to the Hugging Face config that the family reads."""
     keys: KeyMap
+    write_metadata: Callable[[ModelSpec], dict[str, Any]] | None = None
+    """The inverse: ``ARCHITECTURE.*`` metadata of a spec, and ``rope_freqs`` where the file has that tensor. What a
+    spec says and they do not is found by reading them back. ``None``: zoo can not write this family as GGUF."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +211,11 @@ class ConfigReader:
         self._seen.add(key)
         value = self._config.get(key)
         return default if value is None else value
+
+    def nullable(self, key: str, default: Any) -> Any:
+        """The value of ``key`` where null means that there is none of it; only a missing one is ``default``."""
+        self._seen.add(key)
+        return self._config.get(key, default)
 
     def require(self, key: str) -> Any:
         """The value of ``key``.

@@ -136,6 +136,18 @@ def config_from_gguf(metadata: Config) -> dict[str, Any]:
     }
 
 
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``gpt2.*`` metadata of a spec."""
+    return {
+        "gpt2.block_count": spec.n_layers,
+        "gpt2.context_length": spec.max_seq_len,
+        "gpt2.embedding_length": spec.d_model,
+        "gpt2.feed_forward_length": spec.d_ffn,
+        "gpt2.attention.head_count": spec.n_heads,
+        "gpt2.attention.layer_norm_epsilon": spec.norm_eps,
+    }
+
+
 GPT2 = Family(
     name="gpt2",
     model_type="gpt2",
@@ -143,5 +155,5 @@ GPT2 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
-    gguf=GGUFMap("gpt2", config_from_gguf, GGUF_KEYS),
+    gguf=GGUFMap("gpt2", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

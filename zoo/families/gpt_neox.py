@@ -145,6 +145,28 @@ def config_from_gguf(metadata: Config) -> dict[str, Any]:
     }
 
 
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``gptneox.*`` metadata of a spec.
+
+    Raises:
+        InputError: its embeddings are tied, which llama.cpp does not load for this architecture.
+    """
+    assert spec.rope is not None
+    if spec.tie_embeddings:
+        raise InputError("llama.cpp loads no GPT-NeoX model whose head is its embedding (tie_embeddings).")
+    return {
+        "gptneox.block_count": spec.n_layers,
+        "gptneox.context_length": spec.max_seq_len,
+        "gptneox.embedding_length": spec.d_model,
+        "gptneox.feed_forward_length": spec.d_ffn,
+        "gptneox.attention.head_count": spec.n_heads,
+        "gptneox.attention.layer_norm_epsilon": spec.norm_eps,
+        "gptneox.rope.dimension_count": spec.rope.n_dims,
+        "gptneox.rope.freq_base": spec.rope.base,
+        "gptneox.use_parallel_residual": spec.block == "parallel",
+    }
+
+
 GPT_NEOX = Family(
     name="gpt_neox",
     model_type="gpt_neox",
@@ -152,5 +174,5 @@ GPT_NEOX = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
-    gguf=GGUFMap("gptneox", config_from_gguf, GGUF_KEYS),
+    gguf=GGUFMap("gptneox", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -191,6 +191,30 @@ def _llama3_factors(factor: float, d_head: int, theta: float) -> list[float]:
     return found
 
 
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``llama.*`` metadata of a spec, and ``rope_freqs`` if llama3 scales its positions."""
+    assert spec.rope is not None
+    found: dict[str, Any] = {
+        "llama.block_count": spec.n_layers,
+        "llama.context_length": spec.max_seq_len,
+        "llama.embedding_length": spec.d_model,
+        "llama.feed_forward_length": spec.d_ffn,
+        "llama.attention.head_count": spec.n_heads,
+        "llama.attention.head_count_kv": spec.n_kv_heads,
+        "llama.attention.key_length": spec.d_head,
+        "llama.attention.value_length": spec.d_head,
+        "llama.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "llama.rope.dimension_count": spec.rope.n_dims,
+        "llama.rope.freq_base": spec.rope.base,
+    }
+    scaling = spec.rope.scaling
+    if scaling is not None and scaling.kind == "llama3":
+        return found | {"rope_freqs": _llama3_factors(scaling.factor, spec.d_head, spec.rope.base)}
+    if scaling is not None:
+        found |= {"llama.rope.scaling.type": scaling.kind, "llama.rope.scaling.factor": scaling.factor}
+    return found
+
+
 LLAMA = Family(
     name="llama",
     model_type="llama",
@@ -198,5 +222,5 @@ LLAMA = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
-    gguf=GGUFMap("llama", config_from_gguf, GGUF_KEYS),
+    gguf=GGUFMap("llama", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -1,6 +1,6 @@
 """How one stored tensor becomes one or several of ours, and back. Every transform is a bijection on values.
 
-Shape letters: D input width, N heads of the tensor at hand, H head size.
+Shape letters: D input width, N query heads, K kv heads, H head size.
 """
 
 from __future__ import annotations
@@ -69,15 +69,19 @@ class Transposed(Rows):
 
 
 class HeadInterleaved:
-    """q, k and v of a head side by side, head after head: rows (N, 3, H), as GPT-NeoX stores them."""
+    """Kv head after kv head: the queries that share it, its key, its value; rows (K, N / K + 2, H).
+
+    With as many kv heads as heads that is q, k, v of each head (GPT-NeoX), with one it is all of q, then k, then v.
+    """
 
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
-        by_head = stored.view(spec.n_heads, len(shapes), spec.d_head, *stored.shape[1:])
-        return [by_head[:, i].reshape(shape) for i, shape in enumerate(shapes)]
+        by_kv_head = stored.view(spec.n_kv_heads, -1, spec.d_head, *stored.shape[1:])
+        parts = by_kv_head.split([spec.n_heads // spec.n_kv_heads, 1, 1], dim=1)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
-        by_head = [t.reshape(spec.n_heads, spec.d_head, *t.shape[1:]) for t in ours]
-        return torch.stack(by_head, dim=1).reshape(-1, *ours[0].shape[1:])
+        parts = [part.reshape(spec.n_kv_heads, -1, spec.d_head, *part.shape[1:]) for part in ours]
+        return torch.cat(parts, dim=1).reshape(-1, *ours[0].shape[1:])
 
     def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])

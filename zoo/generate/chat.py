@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from zoo.errors import InputError
-from zoo.generate.decode import Reply, Session
+from zoo.generate.decode import Session
+from zoo.generate.reply import Reply
 from zoo.generate.sampling import SamplingOptions
 from zoo.text.chat import Message
 

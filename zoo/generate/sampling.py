@@ -110,6 +110,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, _WARM)
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or above")
+        _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "within 0..2**63-1")
         # Made even where they are not used: greedy decoding must not swallow a wrong value.
         RepetitionPenalty(self.repetition_penalty), TopP(self.top_p), MinP(self.min_p)
 
@@ -137,10 +138,10 @@ class TokenSampler:
         stream: number of the sample; samples of one seed differ and are reproducible one by one.
     """
 
-    def __init__(self, options: SamplingOptions, *, device: torch.device | str = "cpu", stream: int = 0) -> None:
+    def __init__(self, options: SamplingOptions, *, stream: int = 0) -> None:
         self._chain = options.chain()
         self._greedy = options.temperature == 0
-        self._generator = torch.Generator(device=device)
+        self._generator = torch.Generator()  # the CPU's, wherever the model is: one seed, one result
         if options.seed is None:
             self._generator.seed()
         else:
@@ -152,16 +153,35 @@ class TokenSampler:
         Raises:
             ZooError: the logits hold no finite number to draw from.
         """
+        if self._greedy:
+            return int(self._changed(logits_V, seen).argmax())
+        return self.draw(self.probabilities(logits_V, seen))
+
+    def probabilities(self, logits_V: Tensor, seen: Sequence[int]) -> Tensor:
+        """What `__call__` draws from, float32 on the CPU; greedy, all of it on one token. Raises as `__call__`."""
+        changed_V = self._changed(logits_V, seen)
+        if self._greedy:
+            return torch.zeros(len(changed_V)).index_fill_(0, changed_V.argmax().cpu(), 1.0)
+        return changed_V.softmax(-1).cpu()
+
+    def draw(self, weights_V: Tensor) -> int:
+        """An index, with probability in proportion to its weight; one of weight 0 never comes."""
+        cumulative_V = weights_V.double().cumsum(-1)
+        return int(torch.searchsorted(cumulative_V, cumulative_V[-1] * self.uniform(), right=True))
+
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def _changed(self, logits_V: Tensor, seen: Sequence[int]) -> Tensor:
         logits_V = logits_V.float()
         for step in self._chain:
             logits_V = step(logits_V, seen)
         if not logits_V.max().isfinite():
             raise ZooError("the model's logits are not finite numbers.", fix="Its weights are damaged, or try 32-true.")
-        if self._greedy:
-            return int(logits_V.argmax())
-        return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self._generator))
+        return logits_V
 
 
-def _check(good: bool, name: str, value: float, allowed: str) -> None:
+def _check(good: bool, name: str, value: float | None, allowed: str) -> None:
     if not good:
         raise InputError(f"{name} must be {allowed}, not {value}.")

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from zoo.models.cache import KVCache
+from zoo.models.cache import Cache
 from zoo.models.masks import Mask
 from zoo.models.norm import build_qk_norm
 from zoo.models.positions import build_rotate
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.k_norm = build_qk_norm(spec, spec.n_kv_heads)
         self.rotate = build_rotate(spec, layer)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         q_BTNH = self.rotate(self.q_norm(self._heads(self.q(x_BTD))), rotation)
         k_BSKH = self.rotate(self.k_norm(self._heads(self.k(x_BTD))), rotation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zoo.models.attention import Attend, Attention
-from zoo.models.cache import KVCache
+from zoo.models.cache import Cache
 from zoo.models.masks import Mask
 from zoo.models.mlp import build_mlp
 from zoo.models.norm import build_norm
@@ -27,7 +27,7 @@ class SequentialBlock(nn.Module):
         self.mlp_post_norm = build_norm(spec) if after else nn.Identity()
         self.dropout = nn.Dropout(spec.resid_dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         attn_BTD = self.attn(self.attn_norm(x_BTD), rotation, mask, cache)
         x_BTD = x_BTD + self.dropout(self.attn_post_norm(attn_BTD))
@@ -45,7 +45,7 @@ class ParallelBlock(nn.Module):
         self.mlp = build_mlp(spec)
         self.dropout = nn.Dropout(spec.resid_dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         attn_BTD = self.dropout(self.attn(self.attn_norm(x_BTD), rotation, mask, cache))
         return x_BTD + attn_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
@@ -61,7 +61,7 @@ class SharedNormBlock(nn.Module):
         self.mlp = build_mlp(spec)
         self.dropout = nn.Dropout(spec.resid_dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         normed_BTD = self.attn_norm(x_BTD)
         attn_BTD = self.dropout(self.attn(normed_BTD, rotation, mask, cache))

@@ -5,12 +5,16 @@ Shape letters: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ZooError
 from zoo.models.attention import Attend
 from zoo.models.block import BLOCKS
-from zoo.models.cache import KVCache
+from zoo.models.cache import Cache
 from zoo.models.ends import SoftCap, build_embedding
 from zoo.models.masks import CAUSAL, Mask
 from zoo.models.norm import build_norm
@@ -38,6 +42,19 @@ class GPT(nn.Module):
         self.cap = nn.Identity() if spec.head_softcap is None else SoftCap(spec.head_softcap)
         self.tie()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic: that of the parameters, or of the scales of quantized ones."""
+        return next(t.dtype for t in self._tensors() if t.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self._tensors()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain(self.parameters(), self.buffers())
+
     def tie(self) -> None:
         """Make the head share the embedding's weight, if the spec says so. Needed after weights are replaced."""
         if self.spec.tie_embeddings:
@@ -49,7 +66,7 @@ class GPT(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         mask: Mask = CAUSAL,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Logits for the next token.
@@ -63,6 +80,9 @@ class GPT(nn.Module):
 
         Returns:
             Logits (B, T, V), or (B, 1, V), in the dtype of the weights.
+
+        Raises:
+            ZooError: what the cache holds can not be continued: see `KVCache.continues`.
         """
         hidden_BTD = self.hidden(tokens_BT, positions_BT=positions_BT, mask=mask, cache=cache)
         return self.logits(hidden_BTD[:, -1:] if last_only else hidden_BTD)
@@ -78,10 +98,16 @@ class GPT(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         mask: Mask = CAUSAL,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """The normalized residual stream (B, T, D) that `logits` projects. Arguments as in `forward`."""
+        """The normalized residual stream (B, T, D) that `logits` projects. Arguments and errors as in `forward`."""
         n_tokens = tokens_BT.shape[1]
+        if cache is not None and not cache.continues(n_tokens):
+            raise ZooError(
+                f"{n_tokens} tokens can not follow the {cache.length} in the cache: rotary positions change with the "
+                "length of the sequence there.",
+                fix="Run the whole sequence anew: cache.truncate(0).",
+            )
         if positions_BT is None:
             start = cache.length if cache is not None else 0
             positions_BT = torch.arange(start, start + n_tokens, device=tokens_BT.device)[None]

@@ -26,7 +26,7 @@ def init_weights(model: GPT, generator: torch.Generator | None = None) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.zero_()
-        elif "norm" in name.rsplit(".", 2)[-2]:
+        elif "norm" in name:
             parameter.fill_(1.0 - model.spec.norm_offset)
         else:
             writes_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))

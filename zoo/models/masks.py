@@ -22,6 +22,7 @@ class Mask:
         prefix: the first ``prefix`` keys are visible to every query, whatever ``causal`` and ``window`` say.
         documents_BS: integer document of every key; only keys of the query's own document are visible.
         padding_B: so many keys at the start of each row are padding, hidden from every query.
+        queries_T: where among the keys the queries are, if not at the end (a cache of fixed length has room left).
     """
 
     causal: bool = True
@@ -29,6 +30,7 @@ class Mask:
     prefix: int = 0
     documents_BS: Tensor | None = None
     padding_B: Tensor | None = None
+    queries_T: Tensor | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -40,13 +42,15 @@ class Mask:
             "prefix": self.prefix > 0,
             "documents": self.documents_BS is not None,
             "padding": self.padding_B is not None,
+            "queries": self.queries_T is not None,
         }
         return frozenset(name for name, on in flags.items() if on)
 
     def is_plain(self, n_keys: int) -> bool:
         """Whether among ``n_keys`` it is nothing but causal, or nothing at all; a window that wide hides nothing."""
         no_window = self.window is None or (self.causal and self.window >= n_keys)
-        return no_window and self.prefix == 0 and self.documents_BS is None and self.padding_B is None
+        tensors = (self.documents_BS, self.padding_B, self.queries_T)
+        return no_window and self.prefix == 0 and all(tensor is None for tensor in tensors)
 
     def narrowed(self, window: int | None) -> Mask:
         """This mask with a layer's own window on top: the same object each time, so what is built from it keeps."""
@@ -68,11 +72,11 @@ class Mask:
     def dense(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
         """The mask as booleans, True where visible, shaped (1 or B, 1, T, S)."""
         key_pos = torch.arange(n_keys, device=device)
-        query_pos = key_pos[n_keys - n_queries :, None]
-        allowed = self.visible(query_pos, key_pos)[None, None]
+        query_pos = key_pos[n_keys - n_queries :] if self.queries_T is None else self.queries_T
+        allowed = self.visible(query_pos[:, None], key_pos)[None, None]
         if self.documents_BS is not None:
             documents = self.documents_BS[:, None, :]
-            same = documents[..., n_keys - n_queries :, None] == documents[..., None, :]
+            same = documents[..., query_pos, None] == documents[..., None, :]
             allowed = allowed & same
         if self.padding_B is not None:
             allowed = allowed & (key_pos >= self.padding_B[:, None, None, None])

@@ -27,15 +27,15 @@ class OffsetRMSNorm(nn.Module):
 
 
 class HeadsNorm(nn.Module):
-    """Layer or RMS norm of q or k over ``dims``, with a weight of its own for each normalized number.
+    """Layer or RMS norm of q or k, with a weight of its own for each normalized number.
 
     Args:
-        shape: of the weight: (H,) shared by all heads, (N, H) one per head, (N * H,) over all heads together.
+        width: H for a weight that all heads share, N * H to normalize them together.
     """
 
-    def __init__(self, spec: ModelSpec, shape: tuple[int, ...]) -> None:
+    def __init__(self, spec: ModelSpec, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(width))
         self.eps = spec.norm_eps
         self.offset = spec.norm_offset
         self.over_width = spec.qk_norm == "width"
@@ -46,6 +46,21 @@ class HeadsNorm(nn.Module):
         x = x_BTNH.flatten(-2) if self.over_width else x_BTNH
         normed = self.normalize(x, x.shape[-1:], eps=self.eps) * (self.weight + self.offset)
         return normed.view_as(x_BTNH)
+
+
+class PerHeadNorm(nn.ModuleList):
+    """As `HeadsNorm` over each head, with N modules that hold one head's weight each (StableLM 2)."""
+
+    def __init__(self, spec: ModelSpec, n_heads: int) -> None:
+        super().__init__(HeadsNorm(spec, spec.d_head) for _ in range(n_heads))
+        self.eps = spec.norm_eps
+        self.offset = spec.norm_offset
+        self.normalize = F.layer_norm if spec.norm == "layer" else F.rms_norm
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        """Returns (B, T, N, H)."""
+        weight_NH = torch.stack([head.get_parameter("weight") for head in self])
+        return self.normalize(x_BTNH, x_BTNH.shape[-1:], eps=self.eps) * (weight_NH + self.offset)
 
 
 def build_norm(spec: ModelSpec) -> nn.Module:
@@ -61,5 +76,6 @@ def build_qk_norm(spec: ModelSpec, n_heads: int) -> nn.Module:
     """What normalizes the ``n_heads`` heads of q or of k."""
     if spec.qk_norm == "none":
         return nn.Identity()
-    shapes = {"head": (spec.d_head,), "heads": (n_heads, spec.d_head), "width": (n_heads * spec.d_head,)}
-    return HeadsNorm(spec, shapes[spec.qk_norm])
+    if spec.qk_norm == "heads":
+        return PerHeadNorm(spec, n_heads)
+    return HeadsNorm(spec, n_heads * spec.d_head if spec.qk_norm == "width" else spec.d_head)

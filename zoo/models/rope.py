@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.spec import RopeScaling, RopeSpec
+from zoo.spec import ModelSpec, RopeScaling, RopeSpec
 
 Rotation = tuple[Tensor, Tensor]
 """cos_BT1r and sin_BT1r, r = R/2: one angle per rotated pair, the same for every head."""
@@ -29,6 +29,12 @@ def rotation_at(rope: RopeSpec, positions_BT: Tensor, dtype: torch.dtype) -> Rot
         frequencies, amplitude = _SCALINGS[rope.scaling.kind](frequencies, rope.scaling, positions_BT)
     angles_BT1r = positions_BT[..., None, None].float() * frequencies
     return (angles_BT1r.cos() * amplitude).to(dtype), (angles_BT1r.sin() * amplitude).to(dtype)
+
+
+def rotation_border(spec: ModelSpec) -> int | None:
+    """The length beyond which a sequence is rotated by other angles, from its first token on (LongRoPE)."""
+    scaling = spec.rope.scaling if spec.rope is not None else None
+    return scaling.original_max_seq_len if scaling is not None and scaling.kind == "longrope" else None
 
 
 def rotate_halves(x_BTNH: Tensor, rotation: Rotation) -> Tensor:

@@ -73,9 +73,12 @@ def _linear(name: str, d_in: int, d_out: int, bias: bool) -> Iterator[tuple[str,
 
 
 def _qk_norm(name: str, spec: ModelSpec, n_heads: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = {"head": (spec.d_head,), "heads": (n_heads, spec.d_head), "width": (n_heads * spec.d_head,)}
-    if spec.qk_norm != "none":
-        yield f"{name}.weight", shapes[spec.qk_norm]
+    if spec.qk_norm == "head":
+        yield f"{name}.weight", (spec.d_head,)
+    elif spec.qk_norm == "width":
+        yield f"{name}.weight", (n_heads * spec.d_head,)
+    elif spec.qk_norm == "heads":
+        yield from ((f"{name}.{head}.weight", (spec.d_head,)) for head in range(n_heads))
 
 
 def _norm(name: str, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:

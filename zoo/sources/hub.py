@@ -188,7 +188,7 @@ def _no_safetensors(repo: str, names: Iterable[str]) -> SourceError:
     pickled = [name for name in names if name.endswith(_PICKLED) and not name.startswith(_NO_WEIGHTS)]
     gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
-        found = f"{repo!r} only has pickled weights ({_some(pickled)}), which are not read yet."
+        found = f"{repo!r} only has pickled weights ({_some(pickled)}), which zoo reads but does not download."
     elif gguf:
         found = f"{repo!r} only has GGUF files ({_some(gguf)})."
         return SourceError(found, fix="Download one of them and give its path.")

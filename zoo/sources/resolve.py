@@ -12,6 +12,9 @@ from zoo.sources.address import Source, brief, is_source
 from zoo.sources.base import FetchOptions, Report, fetch_model, find_source
 from zoo.sources.provenance import read_provenance
 
+_FILE_SUFFIXES = (".gguf", ".pt", ".pth")
+"""Of files that hold a model: an argument that ends so is a path."""
+
 
 @dataclass(frozen=True)
 class ResolvedModel:
@@ -121,14 +124,14 @@ def _is_path(argument: str) -> bool:
         "/" in argument
         or "\\" in argument
         or argument.startswith((".", "~"))
-        or argument.endswith(".gguf")
+        or argument.endswith(_FILE_SUFFIXES)
         or Path(argument).is_absolute()
     )
 
 
 def _hub_hint(argument: str) -> str | None:
     is_like_a_repository = (
-        argument.count("/") == 1 and argument[0] not in "./~" and not argument.endswith((".gguf", "/"))
+        argument.count("/") == 1 and argument[0] not in "./~" and not argument.endswith((*_FILE_SUFFIXES, "/"))
     )
     return f"If it is on the Hugging Face Hub, write hf:{argument}." if is_like_a_repository else None
 

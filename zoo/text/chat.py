@@ -1,21 +1,32 @@
-"""Chat templates: Jinja as Hugging Face models carry it, rendered in a sandbox."""
+"""Chat templates: Jinja as Hugging Face models carry it, rendered in a sandbox.
+
+Templates for training put ``{% generation %}`` and ``{% endgeneration %}`` around what the assistant says.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zoo.errors import InputError
 
 Message = Mapping[str, Any]
 """``{"role": "user", "content": "Hi"}``."""
+
+
+_REPLIES = "_zoo_replies"
+"""The template variable that collects where replies lie."""
 
 
 def render_chat(
@@ -28,32 +39,90 @@ def render_chat(
     """The text of a conversation, as ``transformers``' ``apply_chat_template(tokenize=False)`` renders it.
 
     Raises:
-        InputError: the template is no valid Jinja, or it refuses the messages (say, two user turns in a row).
+        InputError: there are no messages, the template is no valid Jinja, or it refuses them (say, two user turns
+            in a row).
     """
-    try:
-        return _compile(template).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+    variables = {**special_tokens, "add_generation_prompt": add_generation_prompt}
+    return "".join(_rendered(template, messages, variables))
+
+
+def render_chat_with_replies(
+    template: str, messages: Sequence[Message], *, special_tokens: Mapping[str, str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and from where to where in it the template says that the assistant speaks.
+
+    Raises:
+        InputError: as `render_chat`, or the template does not mark what the assistant says.
+    """
+    if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template):
+        raise InputError(
+            "the chat template does not mark what the assistant says.",
+            fix="Put {% generation %} and {% endgeneration %} around it in the template.",
         )
-    except jinja2.TemplateError as error:
+    written: list[str] = []
+    replies: list[tuple[int, int]] = []
+    variables = {**special_tokens, "add_generation_prompt": False}
+
+    def note(text: str) -> None:
+        # Jinja yields a piece before it goes on, so what was written so far is where this one starts.
+        start = sum(map(len, written))
+        replies.append((start, start + len(text)))
+
+    for piece in _rendered(template, messages, {**variables, _REPLIES: note}):
+        written.append(piece)
+    return "".join(written), replies
+
+
+def _rendered(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Iterator[str]:
+    if not messages:
+        raise InputError("a conversation needs at least one message.")
+    # A key without a value counts as absent: templates would write "None".
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        yield from _compile(template).generate(messages=plain, tools=None, documents=None, **variables)
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # it is foreign code
         raise InputError(f"the chat template refuses this conversation: {error}.") from None
+
+
+class _Generation(Extension):
+    """``{% generation %}``: writes its body, and notes where it lies if the one who renders asks for it."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_write", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _write(self, context: Context, caller: Macro) -> str:
+        text = str(caller())
+        note = context.get(_REPLIES)
+        if note is not None:
+            note(text)
+        return text
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment.from_string(template)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML characters, which templates do not expect.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from zoo.errors import FileFormatError, InputError
-from zoo.text.chat import Message, render_chat
+from zoo.text.chat import Message, render_chat, render_chat_with_replies
 from zoo.text.json_files import read_json_object
-
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from zoo.text.tokenizer_files import SPECIAL_TOKENS, content, convert_sentencepiece, read_backend
 
 
 class Tokenizer:
@@ -31,19 +31,24 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and what lies beside it in a model directory.
+        """Read ``tokenizer.json``, or else ``tokenizer.model``, and what lies beside it in a model directory.
+
+        A ``tokenizer.json`` decides alone about BOS and EOS; ``add_bos_token`` and ``add_eos_token`` in
+        ``tokenizer_config.json`` count without one, as in ``transformers``.
 
         Raises:
-            FileFormatError: there is no ``tokenizer.json``, or a file is not valid JSON.
+            FileFormatError: there is neither, or a file is damaged.
+            InputError: a sentencepiece model is of a kind that zoo does not rebuild.
         """
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise FileFormatError(f"{directory} has no tokenizer.json.", fix=_no_tokenizer_remedy(directory))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises no other
-            raise FileFormatError(f"{path} is not a valid tokenizer: {error}.") from None
         config = {**_special_tokens_map(directory), **_read_if_there(directory / "tokenizer_config.json")}
+        if (directory / "tokenizer.json").is_file():
+            backend = read_backend(directory / "tokenizer.json")
+        elif (directory / "tokenizer.model").is_file():
+            backend, config = convert_sentencepiece(directory / "tokenizer.model", config)
+        else:
+            raise FileFormatError(
+                f"{directory} has no tokenizer.json.", fix="Copy the tokenizer.json of the model it came from into it."
+            )
         template = directory / "chat_template.jinja"
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
@@ -52,7 +57,7 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, str]:
         """The special tokens by role (``bos_token``, ...)."""
-        found = {role: _content(self.config.get(role)) for role in SPECIAL_TOKENS}
+        found = {role: content(self.config.get(role)) for role in SPECIAL_TOKENS}
         return {role: token for role, token in found.items() if token is not None}
 
     @property
@@ -71,8 +76,16 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; special tokens written in it become their ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Ids of ``text``; special tokens written in it become their ids.
+
+        Raises:
+            InputError: a vocabulary of characters lacks one of them, and has no token for the unknown.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # noqa: BLE001 - tokenizers raises no other
+            unknown = "".join(sorted(c for c in set(text) if self.backend.token_to_id(c) is None))
+            raise InputError(f"the tokenizer has no tokens for {unknown!r} in the text: {error}.") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``."""
@@ -97,13 +110,8 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer has no chat template, or the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise InputError(
-                "this model has no chat template: it was not trained to chat.",
-                fix="Use 'generate', an instruction-tuned model, or give a Jinja template with --chat-template FILE.",
-            )
         return render_chat(
-            self.chat_template,
+            self._template(),
             messages,
             special_tokens=self.special_tokens,
             add_generation_prompt=add_generation_prompt,
@@ -114,12 +122,38 @@ class Tokenizer:
         rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(rendered, add_special_tokens=False)
 
+    def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Ids of a conversation, and for each 1 where the assistant speaks, else 0.
+
+        Raises:
+            InputError: as `render_chat`, or the template does not mark what the assistant says.
+        """
+        text, replies = render_chat_with_replies(self._template(), messages, special_tokens=self.special_tokens)
+        encoded = self._located.encode(text, add_special_tokens=False)
+        spoken = (any(first < end and last > start for start, end in replies) for first, last in encoded.offsets)
+        return encoded.ids, [int(says) for says in spoken]
+
     def save(self, directory: Path) -> None:
         """Write the files that ``transformers`` reads: ``tokenizer.json``, ``tokenizer_config.json``."""
         self.backend.save(str(directory / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _template(self) -> str:
+        if self.chat_template is None:
+            raise InputError(
+                "this model has no chat template: it was not trained to chat.",
+                fix="Use 'generate', an instruction-tuned model, or give a Jinja template with --chat-template FILE.",
+            )
+        return self.chat_template
+
+    @cached_property
+    def _located(self) -> tokenizers.Tokenizer:
+        """The backend without its post-processor, which may cut white space from where a token says that it lies."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = None
+        return backend
 
     def _id_of(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
@@ -148,20 +182,10 @@ class TextStream:
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _special_tokens_map(directory: Path) -> dict[str, Any]:
     found = _read_if_there(directory / "special_tokens_map.json")
-    return {role: _content(found[role]) for role in SPECIAL_TOKENS if role in found}
+    return {role: content(found[role]) for role in SPECIAL_TOKENS if role in found}
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
-
-
-def _no_tokenizer_remedy(directory: Path) -> str:
-    if (directory / "tokenizer.model").is_file():
-        return "It has a sentencepiece tokenizer.model, which transformers' AutoTokenizer can save as tokenizer.json."
-    return "Copy the tokenizer.json of the model it came from into it."

@@ -1,0 +1,170 @@
+"""A GGUF file's metadata and the configs that they stand for, read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from zoo.errors import InputError
+from zoo.families.base import Family
+from zoo.spec import ModelSpec
+
+ROPE_FREQS = "rope_freqs"
+"""Where a family finds the factors of the tensor ``rope_freqs.weight``, as a list of floats."""
+
+_HEAD = "output.weight"
+_NEUTRAL: dict[str, Any] = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+"""Keys of an architecture that change nothing at these values, and that no family needs to know."""
+_LABELS = {"tensor_data_layout"}
+"""Keys of an architecture that never change what the model computes."""
+
+_SPECIAL_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+_ENDS = ("eos", "eot", "eom")
+"""Tokens that end a text, a turn and a message."""
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+_TRAINING = ("embed_dropout", "attn_dropout", "resid_dropout", "init_std")
+"""What a spec says of training alone; a GGUF file does not."""
+
+
+class _Metadata(Mapping[str, Any]):
+    """Metadata as a family reads them; remembers the keys that were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def config_from_metadata(
+    values: Mapping[str, Any], names: Collection[str], vocab_size: int, family: Family
+) -> dict[str, Any]:
+    """The Hugging Face config of a file.
+
+    Args:
+        values: its metadata, with `ROPE_FREQS`.
+        names: of its tensors.
+        vocab_size: rows of its embedding.
+        family: the one that reads its architecture.
+
+    Raises:
+        KeyError: metadata that the family needs are missing.
+        InputError: there are metadata of the architecture that neither the family nor zoo understands.
+    """
+    assert family.gguf is not None
+    view = _Metadata(values)
+    prefix = f"{family.gguf.architecture}."
+    config: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "vocab_size": view.get(f"{prefix}vocab_size") or vocab_size,
+        "tie_word_embeddings": _HEAD not in names,
+        **_special_ids(values),
+        **family.gguf.read_config(view),
+    }
+    left = [key for key in values if key.startswith(prefix) or key == ROPE_FREQS]
+    left = [key for key in left if key not in view.asked and not _harmless(key.removeprefix(prefix), values[key])]
+    if left:
+        shown = ", ".join(f"{key} = {values[key]!r:.60}" for key in left)
+        raise InputError(f"it has settings that zoo does not understand: {shown}.")
+    return config
+
+
+def metadata_from_spec(spec: ModelSpec, family: Family) -> dict[str, Any]:
+    """The metadata of an architecture, with `ROPE_FREQS`.
+
+    Raises:
+        InputError: zoo writes no GGUF for this family, or reading back what it writes gives another model.
+    """
+    gguf = family.gguf
+    if gguf is None or gguf.write_metadata is None:
+        raise InputError(f"zoo can not write models of the family {family.name!r} as GGUF.")
+    metadata = {f"{gguf.architecture}.vocab_size": spec.vocab_size, **gguf.write_metadata(spec)}
+    values = {key: _as_float32(value) for key, value in metadata.items()}
+    names = () if spec.tie_embeddings else (_HEAD,)
+    try:
+        again = _facts(family.read_config(config_from_metadata(values, names, spec.vocab_size, family)))
+    except InputError as error:
+        raise InputError(f"a GGUF file can not hold this model: {error.message}") from None
+    facts = _facts(spec)
+    lost = [f"{name} = {facts.get(name)!r}" for name in facts | again if facts.get(name) != again.get(name)]
+    if lost:
+        raise InputError(
+            f"a GGUF file of the architecture {gguf.architecture!r} can not say {', '.join(sorted(lost))}."
+        )
+    return metadata
+
+
+def generation_from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json would hold. Every token that ends a text or a turn is an ``eos_token_id``."""
+    found: dict[str, Any] = dict(_special_ids(metadata))
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    if unique:
+        found["eos_token_id"] = unique[0] if len(unique) == 1 else unique
+    sampling = {ours: metadata.get(f"general.sampling.{theirs}") for ours, theirs in _SAMPLING.items()}
+    return found | {key: value for key, value in sampling.items() if value is not None}
+
+
+def metadata_from_generation(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens and the sampling defaults; what generation_config.json lacks is in config.json.
+
+    Raises:
+        InputError: more tokens end a text than a GGUF file has room for.
+    """
+    both = {**config, **generation}
+    ids = {theirs: both.get(ours) for ours, theirs in _SPECIAL_IDS.items()}
+    ends = ids.pop("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if len(ends) > len(_ENDS):
+        raise InputError(f"{len(ends)} tokens end a text (eos_token_id = {ends}); a GGUF file names at most three.")
+    ids |= {f"{name}_token_id": end for name, end in zip(_ENDS, ends, strict=False)}
+    sampling = {theirs: generation.get(ours) for ours, theirs in _SAMPLING.items()}
+    found = {f"tokenizer.ggml.{key}": value for key, value in ids.items()}
+    found |= {f"general.sampling.{key}": value for key, value in sampling.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _harmless(key: str, value: Any) -> bool:
+    return key in _LABELS or (key in _NEUTRAL and bool(_NEUTRAL[key] == value))
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in _SPECIAL_IDS.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _facts(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says of the mathematics, as flat names and values that float32 metadata can give back."""
+    facts: dict[str, Any] = {}
+
+    def add(prefix: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                add(f"{prefix}{name}.", value)
+            elif prefix or name not in _TRAINING:
+                facts[prefix + name] = _as_float32(value)
+
+    add("", spec.to_dict())
+    return facts
+
+
+def _as_float32(value: Any) -> Any:
+    """A float as it comes back from a file: the shortest decimal of the float32 next to it."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

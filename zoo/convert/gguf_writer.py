@@ -1,0 +1,165 @@
+"""Writes GGUF files that llama.cpp loads, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from torch import Tensor
+
+from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots
+from zoo.convert.gguf_config import ROPE_FREQS, metadata_from_generation, metadata_from_spec
+from zoo.convert.gguf_vocabulary import metadata_from_tokenizer
+from zoo.convert.safetensors import TensorSlot
+from zoo.errors import InputError
+from zoo.families.base import Rule
+from zoo.sources.provenance import read_provenance
+
+_KINDS = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+_FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+_DTYPES = {kind: dtype for dtype, kind in _KINDS.items() if isinstance(dtype, torch.dtype)}
+_ALWAYS_F32 = ("_norm.weight", "position_embd.weight")
+"""Matrices and vectors that llama.cpp's kernels expect so; everything one-dimensional is, too."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor to be written, and as what."""
+
+    values: TensorSlot
+    kind: GGMLQuantizationType
+
+    @property
+    def n_bytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return prod(self.values.shape) // block * int(block_bytes)
+
+
+def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
+    """Prepare a GGUF file with the model, its tokenizer and its chat template. Raises as `Writer.write`."""
+    metadata = metadata_from_spec(checkpoint.spec, checkpoint.family)
+    factors = metadata.pop(ROPE_FREQS, None)
+    assert checkpoint.family.gguf is not None
+    rules = checkpoint.family.gguf.keys.rules(checkpoint.spec)
+    slots = [
+        _Slot(slot, _kind(rule, options.dtype if options.dtype is not None else slot.dtype))
+        for rule, slot in zip(rules, parameter_slots(checkpoint, rules, None, options.progress), strict=True)
+    ]
+    metadata |= _about(checkpoint, slots, options)
+    metadata |= metadata_from_tokenizer(checkpoint.load_tokenizer(), checkpoint.spec.vocab_size)
+    metadata |= metadata_from_generation(checkpoint.generation, checkpoint.config)
+    architecture = checkpoint.family.gguf.architecture
+    kinds = {name: slot.kind for rule, slot in zip(rules, slots, strict=True) for name in rule.ours}
+
+    def rounded(name: str, values: Tensor) -> Tensor:
+        if kinds[name] in _DTYPES:
+            return cast(name, values, _DTYPES[kinds[name]])
+        raw = gguf.quants.quantize(values.float().contiguous().numpy(), kinds[name])
+        return torch.from_numpy(gguf.quants.dequantize(raw, kinds[name]))
+
+    return Writing(
+        n_tensors=len(slots),
+        n_bytes=sum(slot.n_bytes for slot in slots),
+        to=lambda path: _write(path, architecture, metadata, factors, slots),
+        rounded=rounded,
+    )
+
+
+def _kind(rule: Rule, chosen: torch.dtype | str) -> GGMLQuantizationType:
+    """The type of a tensor, as llama.cpp's converter chooses it."""
+    if len(rule.stored_shape) == 1 or rule.stored.endswith(_ALWAYS_F32):
+        return GGMLQuantizationType.F32
+    if chosen not in _KINDS:
+        raise InputError(
+            f"zoo writes no {str(chosen).removeprefix('torch.')} in a GGUF file.", fix="Take f32, f16, bf16 or q8_0."
+        )
+    kind = _KINDS[chosen]
+    block = GGML_QUANT_SIZES[kind][0]
+    if rule.stored_shape[-1] % block:
+        raise InputError(
+            f"{kind.name} needs rows of a multiple of {block} values; {rule.stored!r} has {rule.stored_shape[-1]}.",
+            fix="Write --dtype f16 or bf16.",
+        )
+    return kind
+
+
+def _about(checkpoint: Checkpoint, slots: Sequence[_Slot], options: WriteOptions) -> dict[str, Any]:
+    """The ``general.*`` metadata."""
+    known = read_provenance(checkpoint.directory)
+    matrices = [slot.kind for slot in slots if len(slot.values.shape) > 1]
+    found = {
+        "general.type": "model",
+        "general.name": known.model or checkpoint.path.stem,
+        "general.file_type": int(_FILE_TYPES[matrices[-1]]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "general.license": options.license,
+        "general.source.url": known.source,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    metadata: dict[str, Any],
+    factors: list[float] | None,
+    slots: Sequence[_Slot],
+) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", (len(factors),), np.dtype(np.float32), 4 * len(factors))
+        for slot in slots:
+            shape, dtype = slot.values.shape, np.dtype(np.float32)
+            writer.add_tensor_info(slot.values.name, shape, dtype, slot.n_bytes, raw_dtype=slot.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(np.array(factors, np.float32))
+        for slot in slots:
+            writer.write_tensor_data(_raw(slot))
+    finally:
+        writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _raw(slot: _Slot) -> np.ndarray:
+    """The bytes of a tensor."""
+    values = slot.values.read()
+    if slot.kind in _DTYPES:
+        plain = cast(slot.values.name, values, _DTYPES[slot.kind]).contiguous()
+        return plain.view(torch.uint8).numpy()
+    quantized: np.ndarray = gguf.quants.quantize(values.float().numpy(), slot.kind)
+    return quantized

@@ -1,0 +1,70 @@
+"""A model together with the tokens whose keys and values it has at hand.
+
+Shape letters: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.generate.compile import CompiledDecoding
+from zoo.models.cache import KVCache
+from zoo.models.gpt import GPT
+
+
+class CachedTokens:
+    """One sequence of tokens and its cache: only what is new runs through the model."""
+
+    def __init__(self, model: GPT, step: CompiledDecoding | None = None) -> None:
+        self.model = model
+        self.device = model.device
+        self._step = step
+        self._ids: list[int] = []
+        self._cache: KVCache | None = None
+
+    def start(self, ids: Sequence[int], capacity: int) -> list[int]:
+        """Keep what the cache shares with ``ids`` and make room for ``capacity`` tokens.
+
+        Returns:
+            The ids that are still to run: at least the last one, whose logits are wanted.
+        """
+        shared = 0
+        for ours, theirs in zip(self._ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        if self._step is not None:
+            capacity = self._step.capacity(capacity)
+        if self._cache is None:
+            dtype = self.model.dtype
+            self._cache = KVCache(self.model.spec, capacity=capacity, dtype=dtype, device=self.device)
+        self.truncate(shared)
+        if not self._cache.continues(len(ids) - shared):
+            self.truncate(shared := 0)
+        self._cache.reserve(capacity)
+        return list(ids[shared:])
+
+    @torch.inference_mode()
+    def run(self, ids: Sequence[int], *, last_only: bool = True) -> Tensor:
+        """Run ``ids`` after what the cache holds; logits of the last one (1, V), or of each (T, V)."""
+        assert self._cache is not None
+        n_wanted = 1 if last_only else len(ids)
+        if not self._cache.continues(len(ids)):
+            ids = [*self._ids, *ids]
+            self.truncate(0)
+        tokens_BT = torch.tensor([ids], device=self.device)
+        if self._step is not None and len(ids) == 1:
+            logits_TV = self._step(tokens_BT, self._cache)[0]
+        else:
+            logits_TV = self.model(tokens_BT, cache=self._cache, last_only=last_only)[0]
+        self._ids += ids
+        return logits_TV[-n_wanted:]
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first ``length``."""
+        assert self._cache is not None
+        del self._ids[length:]  # first: an interrupt in between must not leave ids that the cache does not hold
+        self._cache.truncate(length)

@@ -1,0 +1,87 @@
+"""int4 weights in groups of 32 along the input, each group with a scale and a minimum, as in GGUF's Q4_1.
+
+Shape letters: D_out, D_in of a linear's weight, G = D_in / 32 groups of a row, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.precision.int8 import Int8Linear
+from zoo.precision.quantization import QuantizedLinear
+
+GROUP = 32
+
+
+class Int4Linear(QuantizedLinear):
+    """weight = scale * integers + minimum, integers within 0..15.
+
+    Args:
+        integers: (D_out, D_in) uint8.
+        scale, minimum: (D_out, G), rounded to ``dtype``.
+    """
+
+    kernel_tokens = 1 << 62  # unpacking its layout costs as much as a product of hundreds of tokens
+    packed: Tensor
+    scale_and_zero: Tensor
+
+    def __init__(self, integers: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(integers.shape[1], integers.shape[0])
+        # The kernel computes scale * (integers - 8) + zero, and wants (G, D_out, 2).
+        zero = minimum.float() + 8 * scale.float()
+        both = torch.stack((scale.float(), zero), dim=-1).transpose(0, 1).to(dtype).contiguous()
+        self.register_buffer("scale_and_zero", both)
+        self._has_kernel = dtype == torch.bfloat16 and self.out_features % 16 == 0
+        self.register_buffer("packed", _pack(integers) if self._has_kernel else integers)
+
+    @classmethod
+    def from_float(cls, weight: Tensor, dtype: torch.dtype) -> Int4Linear:
+        """Spread each group's range evenly over 16 levels."""
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
+        integers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.uint8)
+        return cls(integers.flatten(1), scale, low, dtype)
+
+    def integers(self) -> Tensor:
+        """The integers, (D_out, D_in) uint8 within 0..15. The kernel reads its own layout, which CPUs differ in."""
+        if not self._has_kernel:
+            return self.packed
+        units = torch.ones_like(self.scale_and_zero)
+        units[..., 1] = 8
+        identity = torch.eye(self.in_features, dtype=units.dtype)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self.packed, GROUP, units)
+        return product.t().to(torch.uint8)
+
+    def dequantized(self) -> Tensor:
+        scale, zero = self.scale_and_zero.unbind(-1)
+        centered = self.integers().to(scale.dtype).unflatten(1, (-1, GROUP)) - 8
+        return (centered * scale.t()[..., None] + zero.t()[..., None]).flatten(1)
+
+    def kernel(self, x_TD: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TD, self.packed, GROUP, self.scale_and_zero)
+
+    @property
+    def has_kernel(self) -> bool:
+        return self._has_kernel
+
+
+class Int4:
+    """Linears of the blocks in int4 where their input divides into groups, the rest and the head in int8."""
+
+    name = "int4"
+
+    def supports(self, device: str) -> list[str]:
+        """The CPU, whose kernel and layout it uses."""
+        return [] if device == "cpu" else [f"int4 runs on the cpu, not on {device}"]
+
+    def linear_type(self, role: str, d_in: int, d_out: int) -> type[QuantizedLinear] | None:
+        """int8 for the head: its error reaches the logits as it is."""
+        return Int8Linear if role == "head" or d_in % GROUP else Int4Linear
+
+
+def _pack(integers: Tensor) -> Tensor:
+    """The kernel's own layout, two integers a byte."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int(), 1)
+    return packed
