@@ -17,6 +17,7 @@ DTYPES |= {"fp16": "float16", "float16": "float16"}
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--from", "format_name", metavar="FORMAT", help="Read SRC as this format. See: zoo list converters.")
+@click.option("--to", "to_format", metavar="FORMAT", help="Write this format. [default: gguf for DST.gguf, else hf]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype to write. [default: each tensor keeps its own]")
 @click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]")
 @json_option
@@ -26,6 +27,7 @@ def command(
     source: str,
     destination: Path,
     format_name: str | None,
+    to_format: str | None,
     dtype: str | None,
     offline: bool,
     as_json: bool,
@@ -37,7 +39,7 @@ def command(
     import torch
 
     from zoo.api import checkpoints_directory
-    from zoo.convert.export import export_model
+    from zoo.convert.export import choose_writer, export_model
     from zoo.convert.load import open_checkpoint
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
@@ -46,6 +48,7 @@ def command(
         source, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note
     )
     checkpoint = open_checkpoint(found.path, app.registry, format_name=format_name)
+    _, writer = choose_writer(to_format, destination, app.registry)
     written = getattr(torch, DTYPES[dtype]) if dtype else None
     with click.progressbar(
         length=len(checkpoint.family.keys.rules(checkpoint.spec)),
@@ -53,7 +56,9 @@ def command(
         file=sys.stderr,
         hidden=not sys.stderr.isatty(),
     ) as bar:
-        exported = export_model(checkpoint, destination, dtype=written, progress=lambda n_bytes: bar.update(1))
+        exported = export_model(
+            checkpoint, destination, writer=writer, dtype=written, progress=lambda n_bytes: bar.update(1)
+        )
     if as_json:
         print_json({"path": str(destination), "tensors": exported.n_tensors, "bytes": exported.n_bytes})
     else:

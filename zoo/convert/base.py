@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,9 @@ from zoo.families.base import Family, KeyMap, Rule
 from zoo.registry import Registry
 from zoo.spec import ModelSpec
 from zoo.text.tokenizer import Tokenizer
+
+_TRAINING = ("embed_dropout", "attn_dropout", "resid_dropout", "init_std")
+"""Fields of a spec that no logit depends on."""
 
 
 class TensorReader(Protocol):
@@ -188,6 +191,33 @@ def cast(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
         largest = values.abs().max().item()
         raise ZooError(f"{name} holds {largest:g}; float16 ends at 65504.", fix="Write bf16 or fp32.")
     return found
+
+
+def what_is_lost(spec: ModelSpec, again: ModelSpec, number: Callable[[float], float] = float) -> list[str]:
+    """What ``spec`` says of the mathematics and ``again``, read back from another format, does not: "name = value".
+
+    Args:
+        spec: of the model to be written.
+        again: what the other format says about it.
+        number: what becomes of numbers there.
+    """
+    said, found = _facts(spec, number), _facts(again, number)
+    return [f"{name} = {value!r}" for name, value in said.items() if found.get(name) != value]
+
+
+def _facts(spec: ModelSpec, number: Callable[[float], float]) -> dict[str, Any]:
+    """The fields of a spec but those of training alone; a rotary setting is named with its parents."""
+    facts: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            else:
+                facts[prefix + name] = number(value) if isinstance(value, float) else value
+
+    add("", {name: value for name, value in asdict(spec).items() if name not in _TRAINING})
+    return facts
 
 
 class _Parameters:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.convert.base import what_is_lost
 from zoo.errors import InputError
 from zoo.families.base import Family
 from zoo.spec import ModelSpec
@@ -30,8 +31,6 @@ _SAMPLING = {
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
 }
-_TRAINING = ("embed_dropout", "attn_dropout", "resid_dropout", "init_std")
-"""What a spec says of training alone; a GGUF file does not."""
 
 
 class _Metadata(Mapping[str, Any]):
@@ -99,15 +98,12 @@ def metadata_from_spec(spec: ModelSpec, family: Family) -> dict[str, Any]:
     values = {key: _as_float32(value) for key, value in metadata.items()}
     names = () if spec.tie_embeddings else (_HEAD,)
     try:
-        again = _facts(family.read_config(config_from_metadata(values, names, spec.vocab_size, family)))
+        again = family.read_config(config_from_metadata(values, names, spec.vocab_size, family))
     except InputError as error:
         raise InputError(f"a GGUF file can not hold this model: {error.message}") from None
-    facts = _facts(spec)
-    lost = [f"{name} = {facts.get(name)!r}" for name in facts | again if facts.get(name) != again.get(name)]
+    lost = what_is_lost(spec, again, _as_float32)
     if lost:
-        raise InputError(
-            f"a GGUF file of the architecture {gguf.architecture!r} can not say {', '.join(sorted(lost))}."
-        )
+        raise InputError(f"a GGUF file of the architecture {gguf.architecture!r} can not say {', '.join(lost)}.")
     return metadata
 
 
@@ -148,21 +144,6 @@ def _harmless(key: str, value: Any) -> bool:
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in _SPECIAL_IDS.items()}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _facts(spec: ModelSpec) -> dict[str, Any]:
-    """What a spec says of the mathematics, as flat names and values that float32 metadata can give back."""
-    facts: dict[str, Any] = {}
-
-    def add(prefix: str, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                add(f"{prefix}{name}.", value)
-            elif prefix or name not in _TRAINING:
-                facts[prefix + name] = _as_float32(value)
-
-    add("", spec.to_dict())
-    return facts
 
 
 def _as_float32(value: Any) -> Any:

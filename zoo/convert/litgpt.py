@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoo.convert.base import Checkpoint, WriteOptions, Writing, parameter_slots
+from zoo.convert.base import Checkpoint, WriteOptions, Writing, parameter_slots, what_is_lost
 from zoo.convert.hf import COMPANIONS
 from zoo.convert.hf_writer import plain_dtype, rounding, write_companions
 from zoo.convert.litgpt_config import CONFIG, WEIGHTS, config_from_spec, looks_like_litgpt, spec_from_config
@@ -50,7 +50,7 @@ _GATED = """
 """
 KEYS = {"plain": KeyMap(_COMMON + _PLAIN), "gated": KeyMap(_COMMON + _GATED)}
 """By the spec's kind of feed-forward layer."""
-_FAMILIES = {"plain": ("gpt_neox", "phi"), "gated": ("llama", "qwen2", "qwen3", "stablelm")}
+_FAMILIES = {"plain": ("gpt_neox", "phi", "falcon"), "gated": ("llama", "qwen2", "qwen3", "stablelm")}
 """Those that may say what a LitGPT config says, by the same."""
 
 
@@ -148,16 +148,15 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 def _family(spec: ModelSpec, registry: Registry) -> tuple[Family, dict[str, Any]]:
     """The first family whose config says all of ``spec``, and that config."""
-    lost: dict[str, list[str]] = {}
+    reasons = []
     for name in _FAMILIES[spec.mlp]:
         family: Family = registry.load("family", name)
         config = {key: value for key, value in family.write_config(spec).items() if value is not None}
-        again, facts = family.read_config(config).to_dict(), spec.to_dict()
-        lost[name] = [key for key in facts | again if facts.get(key) != again.get(key)]
-        if not lost[name]:
+        lost = what_is_lost(spec, family.read_config(config))
+        if not lost:
             return family, config
-    shown = "; ".join(f"{name} has another {' and '.join(keys)}" for name, keys in lost.items())
-    raise InputError(f"none of zoo's families computes such a model: {shown}.")
+        reasons.append(f"{name} can not say {', '.join(lost)}")
+    raise InputError(f"none of zoo's families computes such a model: {'; '.join(reasons)}.")
 
 
 def _name(checkpoint: Checkpoint) -> tuple[str, str]:

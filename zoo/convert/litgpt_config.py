@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from zoo.convert.base import what_is_lost
 from zoo.errors import InputError
 from zoo.families.base import ConfigReader
 from zoo.spec import Activation, ModelSpec, RopeScaling, RopeSpec
@@ -143,17 +144,10 @@ def config_from_spec(spec: ModelSpec, org: str, name: str) -> dict[str, Any]:
         "rotary_percentage": spec.rope.n_dims / spec.d_head,
         "rope_adjustments": _adjustments(spec.rope.scaling),
     }
-    again = spec_from_config(found, tie_embeddings=spec.tie_embeddings)
-    facts, said = (_mathematics(each) for each in (spec, again))
-    lost = [f"{key} = {facts.get(key)!r}" for key in facts | said if facts.get(key) != said.get(key)]
+    lost = what_is_lost(spec, spec_from_config(found, tie_embeddings=spec.tie_embeddings))
     if lost:
         raise InputError(f"LitGPT can not compute a model with {', '.join(lost)}.")
     return found
-
-
-def _mathematics(spec: ModelSpec) -> dict[str, Any]:
-    training = ("embed_dropout", "attn_dropout", "resid_dropout", "init_std")
-    return {key: value for key, value in spec.to_dict().items() if key not in training}
 
 
 def _refuse_names(name: str) -> None:
