@@ -23,7 +23,7 @@ from zoo.registry import Registry
 
 NANO = {"n_layer": 3, "n_head": 3, "n_embd": 48}
 """minGPT's gpt-nano."""
-TEXT = "a lime\n  'ahead' é日 ? lo !\n"
+TEXT = "a lime\n\n  'ahead' é日 ? lo !\n"
 
 
 def check_logits(source: Path, target: Path, theirs: KarpathyGPT, registry: Registry) -> Any:
@@ -223,14 +223,15 @@ def test_code_is_not_run(name: str, zoo: Zoo, tmp_path: Path) -> None:  # noqa: 
     assert not (tmp_path / "hf").exists()
 
 
-def test_no_tokenizer(zoo: Zoo, tmp_path: Path) -> None:  # noqa: F811
-    """Guards the remedy for a model on GPT-2's tokens; the weights alone can be converted."""
+def test_no_tokenizer(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Guards the remedy for a model on GPT-2's tokens; the weights alone can be converted, named as a bare file."""
     save_nanogpt(tmp_path / "out" / "ckpt.pt", KarpathyGPT(SIZES))
     result = zoo("generate", "out", "--prompt", "a")
     assert result.code == 2
     assert "no meta.pkl, meta.json or tokenizer.json" in result.err
     assert "GPT-2's tokenizer.json" in result.err
-    assert zoo("convert", "out/ckpt.pt", "hf").code == 0
+    monkeypatch.chdir(tmp_path / "out")
+    assert zoo("convert", "ckpt.pt", "../hf").code == 0
     assert not json.loads((tmp_path / "hf" / "config.json").read_text()).get("quantization_config")
 
 

@@ -82,7 +82,8 @@ def quantize(directory: Path, pack: Pack, quantization: dict[str, Any], **how: A
         if tensor.dim() != 2 or not (is_conv1d or "_proj" in name):
             stored[name] = expected[name] = tensor
             continue
-        weight = tensor.t() if is_conv1d else tensor
+        weight = (tensor.t() if is_conv1d else tensor).clone()
+        weight[0].abs_()  # a zero of 0, which the first format stores as the largest value
         n_in = weight.shape[1]
         group = torch.randperm(n_in) // group_size if actorder else None
         linear = Quantized(weight, bits, group_size, group)
@@ -250,13 +251,12 @@ def test_damaged(what: str, tmp_path: Path, registry: Registry) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_three_rows_for_three_bits(bits: int, tmp_path: Path, registry: Registry) -> None:
-    """Guards the count of words: a qweight that is cut within a value is named."""
+def test_cut_within_a_value(tmp_path: Path, registry: Registry) -> None:
+    """Guards the count of words: five of the six that hold 64 values of 3 bits."""
     reference.save_tiny(tmp_path, "llama", LLAMA)
-    quantize(tmp_path, gptq, GOOD | {"bits": bits}, v2=False, g_idx=False)
+    quantize(tmp_path, gptq, GOOD | {"bits": 3}, v2=False, g_idx=False)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {f"{NAME}.qweight": tensors[f"{NAME}.qweight"][:-1].contiguous()}, path)
-    with pytest.raises(FileFormatError, match=NAME):
-        open_checkpoint(tmp_path, registry).located()
+    with pytest.raises(FileFormatError, match=rf"{NAME} has a qweight of \[5, 96\]"):
+        open_checkpoint(tmp_path, registry)

@@ -24,6 +24,8 @@ SPACE = "\u2581"
 """Stands for a space in pieces."""
 
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+_ROLES = (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2), ("pad_token", 43, -1))
+"""Special tokens with the field and the default of their id."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,8 @@ class SentencePieceModel:
         return {role: self.pieces[i] for role, i in self.special_ids if 0 <= i < len(self.pieces)}
 
 
-def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> SentencePieceModel:
+def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read a ``tokenizer.model``.
-
-    Args:
-        path: the file.
-        add_prefix_space: replaces what the file says; ``None`` does not.
 
     Raises:
         FileFormatError: it can not be read, or is no sentencepiece model.
@@ -83,23 +81,17 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> S
             fix="A tiktoken vocabulary may have the same name: take the model's tokenizer.json instead.",
         )
     _refuse(path, trainer, normalizer)
-    unknown_id = _integer(trainer, 40, 0)
-    roles = (
-        ("unk_token", unknown_id),
-        ("bos_token", _integer(trainer, 41, 1)),
-        ("eos_token", _integer(trainer, 42, 2)),
-    )
     return SentencePieceModel(
         pieces=texts,
         scores=scores,
         kinds=kinds,
         algorithm=_KINDS[_integer(trainer, 3, 1)],
-        unknown_id=unknown_id,
+        unknown_id=_integer(trainer, 40, 0),
         byte_fallback=bool(_integer(trainer, 35, 0)),
-        add_prefix_space=bool(_integer(normalizer, 3, 1)) if add_prefix_space is None else add_prefix_space,
+        add_prefix_space=bool(_integer(normalizer, 3, 1)),
         remove_extra_spaces=bool(_integer(normalizer, 4, 1)),
         charsmap=_last(normalizer, 2, b""),
-        special_ids=(*roles, ("pad_token", _integer(trainer, 43, -1))),
+        special_ids=tuple((role, _integer(trainer, field, default)) for role, field, default in _ROLES),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def convert_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokeni
         FileFormatError: a file is damaged, or an added token has an id that it can not have.
         InputError: the model is of a kind that zoo does not rebuild.
     """
-    model = read_sentencepiece(path, add_prefix_space=config.get("add_prefix_space"))
+    model = read_sentencepiece(path)
+    if config.get("add_prefix_space") is not None:
+        model = replace(model, add_prefix_space=config["add_prefix_space"])
     # As transformers does: T5's ignores `legacy`, Llama's takes it for false unless it is given.
     legacy = model.algorithm == "unigram" or bool(config.get("legacy"))
     try:
