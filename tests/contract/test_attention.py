@@ -78,6 +78,14 @@ def visible(mask: Mask, b: int, query: int, key: int) -> bool:
     return allowed
 
 
+def test_features() -> None:
+    """Guards the question to a backend: what it does not know of it would leave out."""
+    features = {name: mask.features for name, mask in masks(9).items()}
+    assert features["padding"] == {"causal", "padding"}
+    assert features["padding-window-prefix-documents"] == {"causal", "padding", "window", "prefix", "documents"}
+    assert features["full"] == {"full"}
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, registry: Registry) -> AttentionBackend:
     """Each built-in backend."""

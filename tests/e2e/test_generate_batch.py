@@ -104,13 +104,13 @@ BAD = {
 def test_bad_lines(zoo: Zoo, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     """Guards the job against single lines: each says what is wrong with it, and where; the others are answered."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    good = b'{"prompt": "ok", "max_new_tokens": 2}'
-    source.write_bytes(b"\n".join([good, *(line for bad in BAD for line in (bad, good))]))
+    good = [b'{"prompt": "ok", "max_new_tokens": 2, "id": %d}' % i for i in range(len(BAD) + 1)]
+    source.write_bytes(b"\n".join([good[0], *(line for pair in zip(BAD, good[1:], strict=True) for line in pair)]))
     result = zoo("generate", tiny, "--batch", source, "--out", out, "--batch-size", "8")
     assert result.code == 1
     assert f"{len(BAD)} of {2 * len(BAD) + 1} lines failed. The first is line 2: the line is no JSON" in result.err
     found = lines(out)
-    assert all(line["new_tokens"] == 2 for line in found[::2])
+    assert [(line["id"], line["new_tokens"]) for line in found[::2]] == [(i, 2) for i in range(len(BAD) + 1)]
     for number, (said, line) in enumerate(zip(BAD.values(), found[1::2], strict=True), 1):
         assert said in line["error"]
         assert line["line"] == 2 * number

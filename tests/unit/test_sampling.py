@@ -88,6 +88,14 @@ def test_dropped_tokens_are_never_drawn() -> None:
     assert set(draws(SamplingOptions(temperature=5.0, top_k=2, seed=1), 500)) == {0, 3}
 
 
+def test_weights_of_zero_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the ends of the line: the smallest and the largest random number there are."""
+    sampler = TokenSampler(SamplingOptions())
+    for number in (0.0, 1 - 2**-53):
+        monkeypatch.setattr(sampler, "uniform", lambda number=number: number)
+        assert sampler.draw(torch.tensor([0.0, 0.0, 0.3, 0.0])) == 2
+
+
 def test_seeds() -> None:
     """Guards reproducibility: one seed one stream, its samples differ, greedy ignores it."""
     options = SamplingOptions(temperature=1.5, seed=7)

@@ -216,7 +216,7 @@ def test_the_distribution_is_the_model_s(kind: str, steps: str) -> None:
     anew from p: each shifts these counts.
     """
     model, options, n = tiny(), STEPS[steps], 2000
-    twin = ModelDrafter(tiny(noise=0.3), Tokens("abcde"), model, Tokens("abcde"))  # type: ignore[arg-type]
+    twin = ModelDrafter(tiny(noise=-0.2), Tokens("abcde"), model, Tokens("abcde"))  # type: ignore[arg-type]
     kinds: dict[str, Drafter | None] = {"ngram": NgramDrafter(5), "draft": twin, "none": None}
     draft = kinds[kind]
     sampler, stats, cached = TokenSampler(options), Stats(), CachedTokens(model)
