@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,16 @@ def test_streaming_shows_bytes_that_never_become_a_character(tokenizer: Tokenize
     stream = tokenizer.stream()
     assert "".join(stream.push(i) for i in half) == "ok"
     assert stream.finish() == "\ufffd"
+
+
+def test_streaming_survives_bytes_that_are_no_text() -> None:
+    """Guards against a newline that the decoder takes back, byte fallback's way with bytes that are no UTF-8."""
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "<0xE4>": 2, "ion": 3, "<0xC3>": 4, "<0xA9>": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    stream = Tokenizer(backend, {}).stream()
+    pieces = [stream.push(i) for i in (1, 2, 2, 2, 3, 4, 5)]
+    assert "".join(pieces) + stream.finish() == "\n\ufffd\ufffd\ufffdion\u00e9"
 
 
 def test_special_tokens(tokenizer: Tokenizer) -> None:

@@ -1,24 +1,39 @@
-"""``zoo convert SRC DST``: write a model as a Hugging Face directory."""
+"""``zoo convert SRC DST``: write a model in another format."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zoo.cli.app import App, ZooCommand, json_option, note, pass_app, print_json
 
-DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
-DTYPES |= {"fp16": "float16", "float16": "float16"}
+if TYPE_CHECKING:
+    from zoo.convert.base import Checkpoint
+
+DTYPES = {"fp32": "float32", "float32": "float32", "f32": "float32"}
+DTYPES |= {"bf16": "bfloat16", "bfloat16": "bfloat16"}
+DTYPES |= {"fp16": "float16", "float16": "float16", "f16": "float16"}
+DTYPES |= {"q8_0": "q8_0"}
 
 
 @click.command(cls=ZooCommand)
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--from", "format_name", metavar="FORMAT", help="Read SRC as this format. See: zoo list converters.")
-@click.option("--to", "to_format", metavar="FORMAT", help="Write this format. [default: gguf for DST.gguf, else hf]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype to write. [default: each tensor keeps its own]")
+@click.option(
+    "--to", "target", metavar="FORMAT", help="Write this format. [default: gguf if DST ends in .gguf, else hf]"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Dtype to write; q8_0 in GGUF only. [default: each tensor keeps its own]",
+)
+@click.option(
+    "--verify", "check", is_flag=True, help="Compare DST with SRC: every parameter, and logits by another tool."
+)
 @click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]")
 @json_option
 @pass_app
@@ -27,39 +42,61 @@ def command(
     source: str,
     destination: Path,
     format_name: str | None,
-    to_format: str | None,
+    target: str | None,
     dtype: str | None,
+    check: bool,
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Write a model as a Hugging Face directory, tensor by tensor.
+    """Write a model in another format, tensor by tensor.
 
-    SRC is a registry name, a directory, a GGUF file or hf:org/name. DST appears when it is complete.
+    SRC is a registry name, a directory, a file of weights or hf:org/name. DST appears when it is complete.
     """
-    import torch
-
     from zoo.api import checkpoints_directory
-    from zoo.convert.export import choose_writer, export_model
+    from zoo.convert.base import WriteOptions
+    from zoo.convert.export import choose_writer, commit
     from zoo.convert.load import open_checkpoint
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
 
+    name, writer = choose_writer(target, destination, app.registry)
     found = resolve_model(
         source, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note
     )
     checkpoint = open_checkpoint(found.path, app.registry, format_name=format_name)
-    _, writer = choose_writer(to_format, destination, app.registry)
-    written = getattr(torch, DTYPES[dtype]) if dtype else None
-    with click.progressbar(
-        length=len(checkpoint.family.keys.rules(checkpoint.spec)),
-        label="converting",
-        file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
-    ) as bar:
-        exported = export_model(
-            checkpoint, destination, writer=writer, dtype=written, progress=lambda n_bytes: bar.update(1)
-        )
+    with click.progressbar(length=1, label="converting", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        options = WriteOptions(_dtype(dtype), license=_license(app, checkpoint), progress=bar.update)
+        writing = writer.write(checkpoint, options)
+        bar.length = writing.n_bytes
+        exported = commit(writing, destination)
+    result: dict[str, Any] = {"path": str(destination), "format": name}
+    result |= {"tensors": exported.n_tensors, "bytes": exported.n_bytes}
+    if not as_json:
+        click.echo(f"{destination}: {name}, {exported.n_tensors} tensors, {exported.n_bytes / 1e9:.2f} GB")
+    if check:
+        from zoo.convert.verify import verify
+
+        verified = verify(checkpoint, destination, writing, name, app.registry, report=note)
+        result["verified"] = vars(verified)
+        if not as_json:
+            click.echo(f"verified: {verified}")
     if as_json:
-        print_json({"path": str(destination), "tensors": exported.n_tensors, "bytes": exported.n_bytes})
-    else:
-        click.echo(f"{destination}: {exported.n_tensors} tensors, {exported.n_bytes / 1e9:.2f} GB")
+        print_json(result)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return getattr(torch, DTYPES[name], DTYPES[name]) if name else None
+
+
+def _license(app: App, checkpoint: Checkpoint) -> str | None:
+    """What the registry says of the model that the files say they are."""
+    from zoo.errors import UnknownNameError
+    from zoo.sources.provenance import read_provenance
+
+    model = read_provenance(checkpoint.directory).model
+    try:
+        return app.registry.model(model).license if model else None
+    except UnknownNameError:
+        return None

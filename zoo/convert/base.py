@@ -163,7 +163,7 @@ def parameter_slots(
     Raises:
         FileFormatError: as `Checkpoint.located`.
     """
-    parameters = _Parameters(checkpoint)
+    parameters = ParameterReader(checkpoint)
 
     def slot(rule: Rule) -> TensorSlot:
         written = dtype or parameters.dtype(rule.ours[0])
@@ -202,7 +202,7 @@ def what_is_lost(spec: ModelSpec, again: ModelSpec, number: Callable[[float], fl
         number: what becomes of numbers there.
     """
     said, found = _facts(spec, number), _facts(again, number)
-    return [f"{name} = {value!r}" for name, value in said.items() if found.get(name) != value]
+    return [f"{name} = {value!r}" for name, value in said.items() if name not in found or found[name] != value]
 
 
 def _facts(spec: ModelSpec, number: Callable[[float], float]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _facts(spec: ModelSpec, number: Callable[[float], float]) -> dict[str, Any]:
     return facts
 
 
-class _Parameters:
+class ParameterReader:
     """Our parameters by name, read through the source's key map; the last stored tensor is kept split."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -234,9 +234,11 @@ class _Parameters:
         self._held: tuple[str, list[Tensor]] = ("", [])
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the stored tensor that holds a parameter."""
         return self._checkpoint.tensors.dtype(self._located[name][0])
 
     def get(self, name: str) -> Tensor:
+        """A parameter; a head that is tied is the embedding."""
         stored, rule = self._located[name]
         if self._held[0] != stored:
             self._held = (stored, rule.split(self._checkpoint.tensors.get(stored)))

@@ -22,6 +22,7 @@ _LABELS = {"tensor_data_layout"}
 """Keys of an architecture that never change what the model computes."""
 
 _SPECIAL_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+_TOKENS = "tokenizer.ggml.tokens"
 _ENDS = ("eos", "eot", "eom")
 """Tokens that end a text, a turn and a message."""
 _SAMPLING = {
@@ -118,23 +119,40 @@ def generation_from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return found | {key: value for key, value in sampling.items() if value is not None}
 
 
-def metadata_from_generation(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens and the sampling defaults; what generation_config.json lacks is in config.json.
+def metadata_from_generation(
+    generation: Mapping[str, Any], config: Mapping[str, Any], known: Mapping[str, Any], added: Collection[int]
+) -> dict[str, Any]:
+    """Tokens that end a reply, and the sampling defaults; what generation_config.json lacks is in config.json.
+
+    Both files often hold defaults that nobody has changed. An id outside the vocabulary is left out; what the tokenizer
+    calls BOS, EOS and padding stays, unless a token of its own is named: llama.cpp finds these tokens in any text.
+
+    Args:
+        generation: content of generation_config.json.
+        config: content of config.json.
+        known: the metadata that the tokenizer gives.
+        added: ids of the tokens that the tokenizer finds in a text before it splits it.
 
     Raises:
         InputError: more tokens end a text than a GGUF file has room for.
     """
     both = {**config, **generation}
-    ids = {theirs: both.get(ours) for ours, theirs in _SPECIAL_IDS.items()}
-    ends = ids.pop("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    if len(ends) > len(_ENDS):
-        raise InputError(f"{len(ends)} tokens end a text (eos_token_id = {ends}); a GGUF file names at most three.")
-    ids |= {f"{name}_token_id": end for name, end in zip(_ENDS, ends, strict=False)}
-    sampling = {theirs: generation.get(ours) for ours, theirs in _SAMPLING.items()}
-    found = {f"tokenizer.ggml.{key}": value for key, value in ids.items()}
-    found |= {f"general.sampling.{key}": value for key, value in sampling.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    found: dict[str, Any] = {}
+    for ours, theirs in _SPECIAL_IDS.items():
+        key = f"tokenizer.ggml.{theirs}"
+        if ours != "eos_token_id" and key not in known and both.get(ours) in added:
+            found[key] = both[ours]
+    ends = both.get("eos_token_id")
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end in range(len(known[_TOKENS]))]
+    first = next(
+        (end for end in ends if end in added), known.get("tokenizer.ggml.eos_token_id", next(iter(ends), None))
+    )
+    every = [end for end in (first, *(end for end in ends if end != first)) if end is not None]
+    if len(every) > len(_ENDS):
+        raise InputError(f"{len(every)} tokens end a text ({every}); a GGUF file names at most three.")
+    found |= {f"tokenizer.ggml.{name}_token_id": end for name, end in zip(_ENDS, every, strict=False)}
+    sampling = {f"general.sampling.{theirs}": generation.get(ours) for ours, theirs in _SAMPLING.items()}
+    return found | {key: value for key, value in sampling.items() if value is not None}
 
 
 def _harmless(key: str, value: Any) -> bool:

@@ -16,7 +16,15 @@ from zoo.text.tokenizer import Tokenizer
 
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_SPACED_PROBES = ("a b", "  a", "a  b ", "\t\n a", "caf\u00e9 cafe\u0301 \ufb01", "1 22 don't!", " ")
+_SPACED_PROBES = (
+    "a b",
+    "  a",
+    "a  b ",
+    "\t\n a",
+    "caf\u00e9 cafe\u0301 \ufb01",
+    "1 22 Don't! \u2126 \u00a0\u3000 \U0001f600",
+    " ",
+)
 """Texts in which a normalizer that does more than mark spaces gives itself away."""
 _WHOLE = "llama.cpp's tokenizers can not do that."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,11 +60,13 @@ def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     rules = checkpoint.family.gguf.keys.rules(checkpoint.spec)
     slots = [
         _Slot(slot, _kind(rule, options.dtype if options.dtype is not None else slot.dtype))
-        for rule, slot in zip(rules, parameter_slots(checkpoint, rules, None, options.progress), strict=True)
+        for rule, slot in zip(rules, parameter_slots(checkpoint, rules, None, lambda n_bytes: None), strict=True)
     ]
     metadata |= _about(checkpoint, slots, options)
-    metadata |= metadata_from_tokenizer(checkpoint.load_tokenizer(), checkpoint.spec.vocab_size)
-    metadata |= metadata_from_generation(checkpoint.generation, checkpoint.config)
+    tokenizer = checkpoint.load_tokenizer()
+    metadata |= metadata_from_tokenizer(tokenizer, checkpoint.spec.vocab_size)
+    added = tokenizer.backend.get_added_tokens_decoder().keys()
+    metadata |= metadata_from_generation(checkpoint.generation, checkpoint.config, metadata, added)
     architecture = checkpoint.family.gguf.architecture
     kinds = {name: slot.kind for rule, slot in zip(rules, slots, strict=True) for name in rule.ours}
 
@@ -77,7 +79,7 @@ def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     return Writing(
         n_tensors=len(slots),
         n_bytes=sum(slot.n_bytes for slot in slots),
-        to=lambda path: _write(path, architecture, metadata, factors, slots),
+        to=lambda path: _write(path, architecture, metadata, factors, slots, options.progress),
         rounded=rounded,
     )
 
@@ -112,7 +114,7 @@ def _about(checkpoint: Checkpoint, slots: Sequence[_Slot], options: WriteOptions
         "general.license": options.license,
         "general.source.url": known.source,
     }
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _write(
@@ -121,6 +123,7 @@ def _write(
     metadata: dict[str, Any],
     factors: list[float] | None,
     slots: Sequence[_Slot],
+    progress: Callable[[int], None],
 ) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -138,6 +141,7 @@ def _write(
             writer.write_tensor_data(np.array(factors, np.float32))
         for slot in slots:
             writer.write_tensor_data(_raw(slot))
+            progress(slot.n_bytes)
     finally:
         writer.close()
 

@@ -65,7 +65,7 @@ class LitGPT:
         """Open the directory; weights stay memory-mapped.
 
         Raises:
-            FileFormatError: a file is damaged or missing, or the weights are of LitGPT before 0.5.
+            FileFormatError: a file is damaged or missing, or the weights are of LitGPT before 0.5.5.
             InputError: the config says something that zoo does not understand, or that no family of zoo computes.
         """
         settings = _read_config(path / CONFIG)
@@ -140,7 +140,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
     tensors = checked_tensors(content, str(path))
     if any(".attn.attn." in name for name in tensors):
         raise FileFormatError(
-            f"{path} keeps q, k and v interleaved by head ('attn.attn'), as LitGPT did before 0.5.4.",
+            f"{path} keeps q, k and v interleaved by head ('attn.attn'), as LitGPT did before 0.5.5.",
             fix="Convert the original again: litgpt convert_to_litgpt DIRECTORY.",
         )
     return tensors

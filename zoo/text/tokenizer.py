@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from zoo.errors import FileFormatError, InputError
 from zoo.text.chat import Message, render_chat, render_chat_with_replies
@@ -161,25 +160,33 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text piece by piece; a character whose bytes span tokens comes out whole, with its last one."""
+    """Turns ids into text piece by piece; a character whose bytes span tokens comes out whole, with its last one.
+
+    A piece is what the last few ids add to the text of those before them: a decoder may join neighbours (byte
+    fallback, word starts), and may even change its mind about bytes that turn out to be no character.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._text = ""
+        self._shown: list[int] = []
+        self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; may be empty."""
-        self._ids.append(token_id)
-        piece = self._decoder.step(self._tokenizer.backend, token_id) or ""
-        self._text += piece
+        self._waiting.append(token_id)
+        piece = self._added()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self._shown, self._waiting = self._waiting, []
         return piece
 
     def finish(self) -> str:
         """What is left: the replacement characters of bytes that never became a character."""
-        whole = self._tokenizer.decode(self._ids)
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+        return self._added()
+
+    def _added(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._waiting)[len(before) :]
 
 
 def _special_tokens_map(directory: Path) -> dict[str, Any]:

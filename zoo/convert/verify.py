@@ -1,0 +1,126 @@
+"""Checks what a conversion has written: every parameter, read back, and the logits of another implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoo.attention.eager import Eager
+from zoo.convert.base import Checkpoint, ParameterReader, Writing
+from zoo.convert.load import load_model, open_checkpoint
+from zoo.convert.references import REFERENCES
+from zoo.errors import InputError, ZooError
+from zoo.registry import Registry
+
+_LENGTHS = (1, 8, 24)
+_ALLOWED = 1e-4
+"""Of zoo against itself, as a part of the greatest logit."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a check has found to be right."""
+
+    n_parameters: int
+    reference: str
+    difference: float
+    """Greatest, between two logits."""
+    allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_parameters} parameters read back bit for bit; logits within {self.difference:.1e} of "
+            f"{self.reference} (allowed: {self.allowed:.1e})"
+        )
+
+
+def verify(
+    checkpoint: Checkpoint,
+    destination: Path,
+    writing: Writing,
+    format_name: str,
+    registry: Registry,
+    *,
+    report: Callable[[str], None] = lambda line: None,
+) -> Verified:
+    """Compare ``checkpoint``, its values rounded as they were to be written, with what is in ``destination``.
+
+    The reference is the implementation that the format was made for, where it is installed, or where the environment
+    says which interpreter has it (`zoo.convert.references.Reference.variable`); else zoo itself.
+
+    Args:
+        report: called with a line when the reference is not there.
+
+    Raises:
+        ZooError: a parameter or a logit differs, or the destination can not be read.
+        UnavailableError: the reference that the environment names can not be used.
+    """
+    try:
+        again = open_checkpoint(destination, registry, format_name=format_name)
+        n_parameters = _compare_parameters(checkpoint, again, writing.rounded)
+    except InputError as error:
+        raise ZooError(f"what was written can not be read back: {error.message}", fix=error.fix) from None
+    sequences = _sequences(checkpoint)
+    ours = _logits(checkpoint, sequences, writing.rounded)
+    reference = REFERENCES.get(format_name)
+    answer = reference.logits(destination, sequences) if reference else None
+    if reference and answer:
+        (name, theirs), allowed = answer, reference.allowed
+    else:
+        if reference:
+            report(
+                f"{reference.name} is not installed, so zoo read {destination} itself to verify it. "
+                f"({reference.variable}=PYTHON names an interpreter that has it.)"
+            )
+        name, theirs, allowed = "zoo itself", _logits(again, sequences, lambda _, values: values), _ALLOWED
+    allowed *= max(1.0, ours.abs().max().item())
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+    if not difference <= allowed:  # NaN is no agreement
+        raise ZooError(
+            f"{destination} is not what {checkpoint.path} is: its logits by {name} differ from zoo's by up to "
+            f"{difference:.1e}; {allowed:.1e} is allowed."
+        )
+    return Verified(n_parameters, name, difference, allowed)
+
+
+def _compare_parameters(checkpoint: Checkpoint, again: Checkpoint, rounded: Callable[[str, Tensor], Tensor]) -> int:
+    """Number of parameters, all equal."""
+    source = ParameterReader(checkpoint)
+    differences: dict[str, float] = {}
+    count = 0
+    for name, found in again.parameters():
+        count += 1
+        wanted = rounded(name, source.get(name)).float()
+        if not torch.equal(wanted, found.float()):
+            differences[name] = (wanted - found.float()).abs().max().item()
+    if differences:
+        worst = max(differences, key=lambda name: differences[name])
+        raise ZooError(
+            f"{again.path} is not what {checkpoint.path} is: {len(differences)} of {count} parameters differ, "
+            f"{worst} by up to {differences[worst]:.1e}."
+        )
+    return count
+
+
+def _sequences(checkpoint: Checkpoint) -> list[list[int]]:
+    """Random ids, the same each time."""
+    random, spec = torch.Generator().manual_seed(0), checkpoint.spec
+    lengths = [min(length, spec.max_seq_len) for length in _LENGTHS]
+    return [torch.randint(spec.vocab_size, (length,), generator=random).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def _logits(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], rounded: Callable[[str, Tensor], Tensor]
+) -> Tensor:
+    """Logits (T, V) of all sequences in a row, in float32 by the attention that is written out."""
+    model = load_model(checkpoint, Eager(), dtype=torch.float32)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(rounded(name, parameter.data).float()))
+    model.tie()
+    return torch.cat([model(torch.tensor([list(ids)]))[0] for ids in sequences])
