@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 VOCAB_SIZE = 512
 PARTS = (
@@ -60,6 +60,17 @@ def byte_level(
     return backend
 
 
+def falcon_splitting() -> Any:
+    """How Falcon's tokenizer splits text."""
+    steps = [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+    return pre_tokenizers.Sequence(steps)
+
+
 def sentencepiece_style() -> tokenizers.Tokenizer:
     """What Llama 2 has: bytes for unknown characters, spaces marked, a space before the text, ``<s>`` in front."""
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -78,6 +89,15 @@ def sentencepiece_style() -> tokenizers.Tokenizer:
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 1)])
+    return backend
+
+
+def gemma_style() -> tokenizers.Tokenizer:
+    """As `sentencepiece_style`, without a space before the text: what Gemma has."""
+    backend = sentencepiece_style()
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
 

@@ -54,6 +54,10 @@ class FileFormatError(InputError):
     """A file is damaged, incomplete or of a kind that zoo does not read. The message names the file."""
 
 
+class MissingTokenizerError(FileFormatError):
+    """Weights came without a tokenizer; the message says where one was looked for."""
+
+
 class UnavailableError(ZooError):
     """A component exists but can not be used on this machine; the reasons say why."""
 

@@ -121,6 +121,17 @@ def lose_a_shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
+def index_of(shard: str) -> Callable[[Path], object]:
+    """An index with one shard, beside a directory ``original``."""
+
+    def rewrite(directory: Path) -> None:
+        names = load_file(directory / "model.safetensors")
+        (directory / "original").mkdir()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+
+    return rewrite
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
     "not what .bin says": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), f"bin {DAMAGED}"),
@@ -143,6 +154,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds 1 tensors that the model lacks: model.layers.1.extra",
     ),
     "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing"),
+    "shards elsewhere": (
+        index_of("../tiny/model.safetensors"),
+        "names '../tiny/model.safetensors'; a shard lies beside",
+    ),
+    "shards anywhere": (index_of("/model.safetensors"), "; a shard lies beside its index"),
+    "shards on another drive": (index_of("D:model.safetensors"), "; a shard lies beside its index"),
+    "a shard that is a directory": (index_of("original"), "names 'original', which is a directory"),
+    "a shard without a name": (index_of(""), "names '', which is a directory"),
+    "a shard that is nowhere": (index_of("original/x.safetensors"), "original/x.safetensors is missing"),
     "bad index": (write("model.safetensors.index.json", "{}"), "has no 'weight_map'"),
     "config is no JSON": (write("config.json", "{"), "config.json is not valid JSON"),
     "unknown model type": (
@@ -155,6 +175,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "by 'yarn'; zoo knows linear, llama3 and longrope",
     ),
     "unknown activation": (config(hidden_act="xielu"), "hidden_act = 'xielu'"),
+    "a list for an activation": (config(hidden_act=["silu"]), "hidden_act = ['silu']; zoo knows gelu"),
+    "a list for a scaling": (config(rope_scaling=[8.0]), "rope_scaling = [8.0]; it must be an object"),
     "config lacks a key": (config(hidden_size=None), "lacks 'hidden_size'"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
 }

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
 from tests import reference
 from tests.e2e.test_command_line import Zoo, zoo  # noqa: F401 - fixture
+from tests.hub_server import serve
 from zoo.cli import generate as command
 from zoo.generate import jobs
 
@@ -195,3 +197,32 @@ def test_speculation(zoo: Zoo, tiny: Path, tmp_path: Path) -> None:  # noqa: F81
     stats = json.loads(zoo(*arguments, "--draft", tiny, "--json").out)["stats"]
     assert stats["acceptance_rate"] == 1.0
     assert stats["drafted_tokens"] == stats["accepted_tokens"] > 0
+
+
+def test_the_revision_is_the_models_own(
+    zoo: Zoo,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards --revision with --draft: the draft, which has no such revision, is taken as it is now."""
+    hub, servers = serve()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    for name in ("model", "draft"):
+        reference.save_tiny_chat_model(tmp_path / name, max_position_embeddings=128)
+        hub.add(f"org/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    hub.repos["org/model"].refs["v1"] = hub.repos["org/model"].refs.pop("main")
+    try:
+        arguments = ("generate", "hf:org/model", "--draft", "hf:org/draft", "--prompt", "Once", "--max-new-tokens", "4")
+        result = zoo(*arguments, "--revision", "v1", "--temperature", "0", "--stats")
+    finally:
+        huggingface_hub.close_session()
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+    assert result.code == 0, result.err
+    asked = {seen.path for seen in hub.seen if seen.path.startswith("/api/models/")}
+    assert asked == {"/api/models/org/model/revision/v1", "/api/models/org/draft"}

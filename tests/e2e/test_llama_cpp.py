@@ -35,6 +35,7 @@ def digits() -> tokenizers.Tokenizer:
 
 
 LLAMA3 = reference.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+PHI3 = gguf_files.PHI3 | gguf_files.LONGROPE
 MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "gpt2": ("gpt2", gguf_files.GPT2, trained_tokenizers.byte_level),
     "neox": ("gpt_neox", gguf_files.NEOX, trained_tokenizers.byte_level),
@@ -46,6 +47,35 @@ MODELS: dict[str, tuple[str, dict[str, Any], Any]] = {
         gguf_files.LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         trained_tokenizers.byte_level,
     ),
+    **{
+        name: (*gguf_files.CONFIGS[name], trained_tokenizers.byte_level)
+        for name in (
+            *("qwen2", "qwen2-tied", "phi3", "stablelm", "stablelm-1_6b", "stablelm-12b", "mistral", "phi"),
+            *("gpt_bigcode", "falcon-40b", "olmo-clipped", "olmo2"),
+        )
+    },
+    "falcon": (
+        *gguf_files.CONFIGS["falcon"],
+        lambda: trained_tokenizers.byte_level(trained_tokenizers.falcon_splitting()),
+    ),
+    **{  # Not tied: the rows of zeros below would be all that these see of some prompts.
+        name: (name, gguf_files.CONFIGS[name][1] | {"tie_word_embeddings": False}, trained_tokenizers.byte_level)
+        for name in ("qwen3", "olmo", "smollm3")
+    },
+    "qwen3-linear": (
+        "qwen3",
+        gguf_files.LLAMA | {"head_dim": 32, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        trained_tokenizers.byte_level,
+    ),
+    # llama.cpp goes by the context that it makes room for (256 or more), zoo by how long the text is.
+    "phi3-short-factors": (
+        "phi3",
+        PHI3 | {"original_max_position_embeddings": 256, "max_position_embeddings": 256},
+        trained_tokenizers.byte_level,
+    ),
+    "phi3-long-factors": ("phi3", PHI3 | {"original_max_position_embeddings": 4}, trained_tokenizers.byte_level),
+    "gemma": (*gguf_files.CONFIGS["gemma"], trained_tokenizers.sentencepiece_style),
+    "gemma2": (*gguf_files.CONFIGS["gemma2"], trained_tokenizers.gemma_style),
 }
 
 
@@ -57,9 +87,12 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, registry: Registry) -
     model = reference.tiny_model(model_type, config | changes)
     with torch.no_grad():  # single bytes make no text; a row of zeros is never the likeliest
         model.get_output_embeddings().weight[:259] = 0.0
-    model.save_pretrained(tmp_path / request.param)
-    trained_tokenizers.save(tmp_path / request.param, tokenizer())
-    return open_checkpoint(tmp_path / request.param, registry)
+        for name, parameter in model.named_parameters():
+            if model_type.startswith("gemma") and name.endswith("norm.weight"):
+                parameter.sub_(1.0)  # to which 1 is added; twice the usual scale would be twice the rounding
+    model.save_pretrained(tmp_path / "m")  # llama.cpp changes the tokens of what is called "phi3"
+    trained_tokenizers.save(tmp_path / "m", tokenizer())
+    return open_checkpoint(tmp_path / "m", registry)
 
 
 def test_same_text_and_ids(source: Checkpoint, tmp_path: Path) -> None:

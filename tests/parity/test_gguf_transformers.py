@@ -61,7 +61,9 @@ def test_parameters_and_logits(kind: Kind, variant: str, tmp_path: Path, registr
         assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama-tied", "gpt2", "qwen2", "qwen2-tied", "qwen3", "phi3", "stablelm", "falcon", "gemma2"]
+)
 @KINDS
 def test_as_transformers_loads_it(kind: Kind, variant: str, tmp_path: Path, registry: Registry) -> None:
     """Guards against an error that our own writing of test files shares with our reading."""

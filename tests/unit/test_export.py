@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import reference
+from tests import gguf_files, reference
 from zoo.convert import export
+from zoo.convert.base import Checkpoint, Writer
 from zoo.convert.export import export_model
 from zoo.convert.load import open_checkpoint
 from zoo.errors import InputError, ZooError
@@ -85,6 +88,90 @@ def test_what_else_is_written(tmp_path: Path, registry: Registry) -> None:
     digest = hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
     assert provenance["sha256"] == {"model.safetensors": digest}
     assert open_checkpoint(target, registry).spec.to_dict() == provenance["spec"]
+
+
+def said_elsewhere(checkpoint: Checkpoint) -> Checkpoint:
+    """The spec is another one, and the config of the source still says the old."""
+    return replace(checkpoint, spec=replace(checkpoint.spec, norm_eps=0.25, max_seq_len=32))
+
+
+def unsayable(checkpoint: Checkpoint) -> Checkpoint:
+    """What the family has no key for."""
+    return replace(checkpoint, spec=replace(checkpoint.spec, window=8), config={})
+
+
+def refused(checkpoint: Checkpoint) -> Checkpoint:
+    """A key that nobody would read back."""
+    return replace(checkpoint, config=checkpoint.config | {"attention_sinks": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (said_elsewhere, r"family 'llama' can not say max_seq_len = 32, norm_eps = 0\.25"),
+        (unsayable, "family 'llama' can not say window = 8"),
+        (refused, "can not hold this model: .* does not understand: attention_sinks = 4"),
+    ],
+)
+def test_a_config_that_would_lose_something(
+    change: Callable[[Checkpoint], Checkpoint], says: str, tmp_path: Path, registry: Registry
+) -> None:
+    """Guards against a directory that loads as another model; nothing is written."""
+    reference.save_tiny(tmp_path / "a", "llama", reference.LLAMA)
+    with pytest.raises(InputError, match=says):
+        export_model(change(open_checkpoint(tmp_path / "a", registry)), tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_spec_is_said_without_the_words_of_the_source(tmp_path: Path, registry: Registry) -> None:
+    """Guards a source in another format, whose config is only what its reader derived."""
+    reference.save_tiny(tmp_path / "a", "llama", reference.LLAMA | {"rope_scaling": reference.LLAMA3_ROPE})
+    checkpoint = open_checkpoint(tmp_path / "a", registry)
+    export_model(replace(checkpoint, config={}), tmp_path / "b")
+    assert open_checkpoint(tmp_path / "b", registry).spec == checkpoint.spec
+
+
+def damaged_sentencepiece(path: Path) -> Path:
+    reference.save_tiny(path, "llama", reference.LLAMA)
+    (path / "tokenizer.model").write_bytes(b"no protobuf")
+    return path
+
+
+def damaged_gguf(path: Path) -> Path:
+    path.mkdir()
+    return gguf_files.write_llama(path / "m.gguf", metadata={"tokenizer.ggml.model": "gpt2"})
+
+
+def no_tokenizer(path: Path) -> Path:
+    reference.save_tiny(path, "llama", reference.LLAMA)
+    return path
+
+
+def gguf_without_tokenizer(path: Path) -> Path:
+    path.mkdir()
+    return gguf_files.write_llama(path / "m.gguf")
+
+
+@pytest.mark.parametrize("format_name", ["hf", "litgpt"])
+@pytest.mark.parametrize("source", [damaged_sentencepiece, damaged_gguf, no_tokenizer, gguf_without_tokenizer])
+def test_a_tokenizer_is_never_dropped(
+    source: Callable[[Path], Path], format_name: str, tmp_path: Path, registry: Registry
+) -> None:
+    """Guards against a model that comes out mute: a tokenizer that can not be read is an error, none at all is not."""
+    checkpoint = open_checkpoint(source(tmp_path / "a"), registry)
+    writer: Writer = registry.load("converter", format_name)()
+    written: list[int] = []
+
+    def export() -> Any:
+        return export_model(checkpoint, tmp_path / "b", writer=writer, progress=written.append)
+
+    if source in (no_tokenizer, gguf_without_tokenizer):
+        export()
+        return
+    with pytest.raises(InputError, match="token"):
+        export()
+    assert written == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_destination_is_taken(tmp_path: Path, registry: Registry) -> None:

@@ -162,7 +162,7 @@ def test_no_whole_model(key: str, value: Any, says: str, write: Callable[..., Pa
 
 def test_unknown_architecture(tmp_path: Path, registry: Registry) -> None:
     path = gguf_files.write(tmp_path / "m.gguf", "mamba", {}, {})
-    with pytest.raises(InputError, match=r"'mamba'; zoo reads gpt2, gptneox, llama"):
+    with pytest.raises(InputError, match=r"'mamba'; zoo reads falcon, gemma, gemma2, gpt2, gptneox, llama, olmo, "):
         GGUF().open(path, registry)
 
 
@@ -175,6 +175,79 @@ def test_a_broken_family_of_others(write: Callable[..., Path], registry: Registr
     read_everything(write(), mine)
     with pytest.raises(InputError, match="did not load: a-broken"):
         GGUF().open(gguf_files.write(tmp_path / "o.gguf", "mamba", {}, {}), mine)
+
+
+def test_mistral_is_llama(tmp_path: Path, registry: Registry) -> None:
+    """Guards the one architecture that two families write, by which of them it is read."""
+    path = gguf_files.write_model(tmp_path / "m.gguf", reference.tiny_model(*gguf_files.CONFIGS["mistral"]))
+    assert GGUF().open(path, registry).family.name == "llama"
+    mine = Registry()
+    origin = Origin(distribution="zoo")
+    mine.add(Component(kind="family", name="mistral", target="zoo.families.mistral:MISTRAL", help="", origin=origin))
+    with pytest.raises(InputError, match="architecture 'llama'"):
+        GGUF().open(path, mine)
+
+
+def spec_of(variant: str, tmp_path: Path, registry: Registry, **metadata: Any) -> Any:
+    """What is read of a file of one of `gguf_files.CONFIGS` that says something else, or nothing where it is None."""
+    model = reference.tiny_model(*gguf_files.CONFIGS[variant])
+    arch = next(iter(gguf_files.metadata_of(model.config))).partition(".")[0]
+    changes = {f"{arch}.{key.replace('__', '.')}": value for key, value in metadata.items()}
+    return GGUF().open(gguf_files.write_model(tmp_path / "m.gguf", model, metadata=changes), registry).spec
+
+
+def test_defaults_of_gemma2(tmp_path: Path, registry: Registry) -> None:
+    """Guards what llama.cpp takes where a file says nothing."""
+    without = dict.fromkeys(["attn_logit_softcapping", "final_logit_softcapping", "attention__sliding_window"])
+    spec = spec_of("gemma2", tmp_path, registry, **without)
+    assert (spec.attn_softcap, spec.head_softcap, spec.window) == (50.0, 30.0, 4096)
+    assert spec.full_attention_layers == (1,)
+
+
+@pytest.mark.parametrize(("n_layers", "scale"), [(2, None), (46, 16**-0.5)])
+def test_scale_of_gemma2(n_layers: int, scale: float | None, tmp_path: Path, registry: Registry) -> None:
+    """Guards Gemma 2 27B, which llama.cpp knows by its 46 layers and scales by the model's width and not the head's."""
+    config = gguf_files.GEMMA2 | {"num_hidden_layers": n_layers}
+    path = gguf_files.write_model(tmp_path / "m.gguf", reference.tiny_model("gemma2", config))
+    assert GGUF().open(path, registry).spec.attn_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("variant", "block", "qkv_bias", "qk_norm"),
+    [
+        ("stablelm", "sequential", False, "none"),
+        ("stablelm-1_6b", "sequential", True, "none"),
+        ("stablelm-12b", "parallel_shared_norm", False, "heads"),
+    ],
+)
+def test_what_tensors_say_of_stablelm(
+    variant: str, block: str, qkv_bias: bool, qk_norm: str, tmp_path: Path, registry: Registry
+) -> None:
+    """Guards blocks that llama.cpp knows by their tensors: its converter writes a wrong key for StableLM 3B."""
+    spec = spec_of(variant, tmp_path, registry, use_parallel_residual=block == "sequential")
+    assert (spec.block, spec.qkv_bias, spec.qk_norm) == (block, qkv_bias, qk_norm)
+
+
+@pytest.mark.parametrize(
+    ("variant", "metadata", "says"),
+    [
+        ("qwen2", {"attention__sliding_window": 8}, "sliding_window"),
+        ("qwen2", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "yarn"),
+        ("qwen2", {"attention__key_length": 32}, "key_length is 32"),
+        ("qwen3", {"rope__dimension_count": 16}, "dimension_count is 16"),
+        ("phi3", {"rope__scaling__attn_factor": 1.2}, "attn_factor"),
+        ("gemma2", {"attention__sliding_window_pattern": 6}, "sliding_window_pattern"),
+        ("gpt_bigcode", {"attention__head_count_kv": 2}, "num_key_value_heads = 2"),
+        ("olmo", {"attention__layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ("olmo2", {"attention__sliding_window": 8}, "sliding_window"),
+    ],
+)
+def test_settings_of_other_families_that_are_not_understood(
+    variant: str, metadata: dict[str, Any], says: str, tmp_path: Path, registry: Registry
+) -> None:
+    """Guards against a model that loads and computes something else."""
+    with pytest.raises(InputError, match=rf"m\.gguf.*{says}"):
+        spec_of(variant, tmp_path, registry, **metadata)
 
 
 # --- scaled rotary positions -----------------------------------------------------------------------------------

@@ -57,6 +57,17 @@ def test_plain_tensors_are_mapped(kind: Kind, dtype: torch.dtype, matrix: np.nda
     assert not tensors.quantized
 
 
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
+def test_offsets(kind: Kind, matrix: np.ndarray, tmp_path: Path) -> None:
+    """Guards what is taken off before values are rounded: 1 + 2 ** -9 is 1 as bfloat16, and 2 ** -9 is not 0."""
+    tensors = one_tensor(tmp_path / "m.gguf", gguf_files.encode(np.full((2, 32), 1 + 2**-9), kind))
+    tensors.offsets = {"t": 1.0}
+    assert tensors.dtype("t") == tensors.get("t").dtype == torch.float32
+    assert tensors.get("t", torch.bfloat16).dtype == torch.bfloat16
+    for dtype in (None, torch.bfloat16):
+        assert torch.all(tensors.get("t", dtype) == 2**-9)
+
+
 def test_writing_to_a_tensor_leaves_the_file_alone(matrix: np.ndarray, tmp_path: Path) -> None:
     """Guards the copy-on-write mapping: a shared one would let training alter the user's file."""
     tensors = one_tensor(tmp_path / "m.gguf", (matrix, Kind.F32))

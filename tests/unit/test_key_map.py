@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from zoo.errors import FileFormatError, InputError, UnknownNameError, ZooError
 from zoo.families.base import KeyMap
@@ -56,6 +57,24 @@ def test_a_table_that_is_no_bijection_is_refused(change: tuple[str, str], messag
     """Guards against a parameter that is loaded as nothing and left out of what is exported."""
     with pytest.raises(ZooError, match=message):
         key_map(change, ignore=("head",)).rules(SPEC)
+
+
+def test_one_tensor_for_all_heads() -> None:
+    """Guards the order of heads in a stored tensor, and that there are fewer of them for keys."""
+    spec = replace(SPEC, d_model=12, n_heads=4, n_kv_heads=2, d_head=3, qk_norm="heads", rope=RopeSpec(n_dims=2))
+    lines = "".join(f"\nh.{{i}}.{x}_norm blocks.{{i}}.attn.{x}_norm.{{n}}.weight stacked" for x in "qk")
+    rules = {rule.stored: rule for rule in key_map((LINES[-1], LINES[-1] + lines)).rules(spec)}
+    assert [rules[f"h.1.{x}_norm"].stored_shape for x in "qk"] == [(4, 3), (2, 3)]
+    rule = rules["h.1.k_norm"]
+    assert rule.ours == ("blocks.1.attn.k_norm.0.weight", "blocks.1.attn.k_norm.1.weight")
+    stored = torch.arange(6.0).view(2, 3)
+    assert [part.tolist() for part in rule.split(stored)] == stored.tolist()
+    assert torch.equal(rule.merge(rule.split(stored)), stored)
+
+
+def test_names_of_what_a_table_knows() -> None:
+    assert set(key_map().stored_names(SPEC)) == {rule.stored for rule in key_map().rules(SPEC)}
+    assert key_map().stored_names(replace(SPEC, head_bias=True)) == key_map().stored_names(SPEC)
 
 
 def test_a_parameter_that_the_spec_lacks_needs_no_line_and_one_that_it_has_does() -> None:

@@ -257,3 +257,17 @@ def test_options_after_a_plugins_command_count(lab: PluginLab, tmp_path: Path, m
     assert result.stdout.startswith("mine ['beta-logger', 'gamma-logger'")
     assert "disabled by -p no:acme" in result.stdout
     assert result.stderr.count("plugin rude") == 1
+
+
+@pytest.mark.parametrize("options", [["-p", "no:look"], ["--no-plugins"]])
+def test_a_plugin_that_is_switched_off_has_no_command(lab: PluginLab, options: list[str]) -> None:
+    """Guards against a plugin whose command runs although the command line switches the plugin off."""
+    hook = "@hookimpl\ndef zoo_register_commands(register):\n    register('look', 'look.kernel:look', help='')\n"
+    command = "import click\nfrom zoo.cli.app import ZooCommand\n"
+    command += "@click.command(cls=ZooCommand)\ndef look():\n    click.echo('ran')\n"
+    lab.install("look", hook, files={"look/kernel.py": command})
+    ran = lab.zoo("look")
+    assert (ran.returncode, ran.stdout) == (0, "ran\n")
+    refused = lab.zoo("look", *options)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("zoo: no command is named 'look'. ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -13,9 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from tests import reference
 from tests.hub_server import FakeHub, Handler, serve
+from zoo.convert.load import open_checkpoint
 from zoo.errors import InputError, ZooError
 from zoo.registry import Registry
 from zoo.sources.base import Fetched, FetchOptions, SourceError, fetch_model
@@ -118,6 +122,12 @@ def test_only_what_is_needed_is_fetched(hub: FakeHub, tmp_path: Path) -> None:
             ["model.safetensors", "sub\\config.json", "requirements.py", "LICENSE.txt"],
             ["LICENSE.txt", "model.safetensors"],
         ),
+        (["model.fp16.safetensors", "pytorch_model.bin"], ["model.fp16.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin", "pytorch_model.bin.index.json"], ["pytorch_model.bin"]),
+        (
+            ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.fp16.bin", "x.bin"],
+            ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"],
+        ),
     ],
 )
 def test_each_weight_is_taken_once(names: list[str], weights: list[str]) -> None:
@@ -127,7 +137,8 @@ def test_each_weight_is_taken_once(names: list[str], weights: list[str]) -> None
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"pytorch_model.bin": b"x", "training_args.bin": b"x"}, r"only has pickled weights \(pytorch_model.bin\)"),
+        ({"model.pt": b"x", "training_args.bin": b"x"}, r"only has pickled weights of other names \(model.pt\)"),
+        ({"pytorch_model-00001-of-00001.bin": b"x"}, r"only has pickled weights of other names \(pytorch_model-00001"),
         ({"Q4.gguf": b"x", "Q8.gguf": b"x"}, r"only has GGUF files \(Q4.gguf, Q8.gguf\)"),
         ({"config.json": b"{}", "sub/model.safetensors": b"x"}, "has no weights at its top level"),
     ],
@@ -139,6 +150,32 @@ def test_a_repository_without_safetensors_says_what_it_has(
     with pytest.raises(SourceError, match=reason):
         fetch("org/tiny", tmp_path / "tiny", QUIET)
     assert hub.fetched_files() == []
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_torch_files_are_fetched_where_there_are_no_safetensors(
+    hub: FakeHub, registry: Registry, tmp_path: Path, in_shards: bool
+) -> None:
+    """Guards a repository from before safetensors: what is fetched is complete, checked, and opens."""
+    theirs = reference.save_tiny(tmp_path / "theirs", "llama", reference.LLAMA)
+    state = dict(theirs.state_dict())
+    (tmp_path / "theirs/model.safetensors").unlink()
+    if not in_shards:
+        torch.save(state, tmp_path / "theirs/pytorch_model.bin")
+    else:
+        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        weight_map = {key: names[i % 2] for i, key in enumerate(state)}
+        for name in names:
+            torch.save({k: t for k, t in state.items() if weight_map[k] == name}, tmp_path / "theirs" / name)
+        (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = tree(tmp_path / "theirs")
+    commit = hub.add("org/tiny", {**files, "training_args.bin": b"x", "flax_model.msgpack": b"x"})
+    assert fetch_model(["hf:org/tiny"], tmp_path / "tiny", QUIET, registry) == "hf:org/tiny"
+    assert sorted(hub.fetched_files()) == sorted(files)
+    record = YAML(typ="safe").load((tmp_path / "tiny/zoo.yaml").read_text())
+    weights = {name: hashlib.sha256(files[name]).hexdigest() for name in files if name.endswith(".bin")}
+    assert (record["source"], record["sha256"]) == (f"hf:org/tiny@{commit}", weights)
+    assert open_checkpoint(tmp_path / "tiny", registry).located()
 
 
 def test_a_revision_is_fetched(hub: FakeHub, tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         reference.STABLELM | {"rope_parameters": {"partial_rotary_factor": 0.25}, "partial_rotary_factor": 0.5},
         r"partial_rotary_factor = 0\.5; zoo implements only 0\.25",
     ),
-    "a part of each head in a family that turns all": (
+    "a scaled part of each head in a family that turns all": (
         "qwen2",
-        reference.QWEN2 | {"rope_parameters": {"partial_rotary_factor": 0.5}},
-        r"partial_rotary_factor = 0\.5; zoo implements only 1\.0",
+        reference.QWEN2 | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+        r"scales rotary positions and has partial_rotary_factor = 0\.5; a qwen2 turns all",
     ),
     "an old rotary part": ("stablelm", reference.STABLELM | {"rope_pct": 0.5}, r"rope_pct = 0\.5"),
     "biases of q and k norms": ("stablelm", reference.STABLELM | {"use_norm_bias": True}, "use_norm_bias = True"),

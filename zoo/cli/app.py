@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from zoo.commands import COMMANDS
+from zoo.errors import UnavailableError, UnknownNameError
 from zoo.plugins import PluginSelection, Zoo, load_zoo
 from zoo.registry import Registry
 
@@ -23,6 +25,7 @@ class App:
         self.registry_files: tuple[Path, ...] = ()
         self.disabled: tuple[str, ...] = ()
         self.no_plugins = False
+        self._plugin_command: str | None = None
 
     @cached_property
     def zoo(self) -> Zoo:
@@ -45,6 +48,28 @@ class App:
     def registry(self) -> Registry:
         """The registry."""
         return self.zoo.registry
+
+    def plugin_command(self, name: str) -> click.Command:
+        """The command that a plugin registers, to be run.
+
+        Raises:
+            UnknownNameError: none does, or that plugin is switched off.
+            UnavailableError: it can not be imported, or is no command.
+        """
+        self._plugin_command = name
+        try:
+            command = self.registry.load("command", name)
+        except UnknownNameError:
+            known = [*COMMANDS, *(other for other, _ in self.registry.components("command"))]
+            raise UnknownNameError("command", name, known, fix="See: python -m zoo --help.") from None
+        if not isinstance(command, click.Command):
+            raise UnavailableError(f"command {name!r} is no click.Command but a {type(command).__name__}.")
+        return command
+
+    def check_command(self) -> None:
+        """Look the command up again: its own options may have switched its plugin off. Raises as `plugin_command`."""
+        if self._plugin_command is not None:
+            self.plugin_command(self._plugin_command)
 
 
 pass_app = click.make_pass_decorator(App)
@@ -124,6 +149,11 @@ class ZooCommand(click.Command):
                 help="Show the traceback of an error.",
             ),
         ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless its plugin is switched off."""
+        ctx.ensure_object(App).check_command()
+        return super().invoke(ctx)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

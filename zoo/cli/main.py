@@ -12,7 +12,7 @@ import click
 from zoo import __version__
 from zoo.cli.app import App
 from zoo.commands import COMMANDS
-from zoo.errors import UnavailableError, UnknownNameError, ZooError
+from zoo.errors import ZooError
 
 
 class LazyGroup(click.Group):
@@ -28,15 +28,7 @@ class LazyGroup(click.Group):
             module, _, attribute = COMMANDS[cmd_name][0].partition(":")
             command: click.Command = getattr(import_module(module), attribute)
             return command
-        registry = ctx.ensure_object(App).registry
-        try:
-            plugin_command = registry.load("command", cmd_name)
-        except UnknownNameError:
-            known = [*COMMANDS, *(name for name, _ in registry.components("command"))]
-            raise UnknownNameError("command", cmd_name, known, fix="See: python -m zoo --help.") from None
-        if not isinstance(plugin_command, click.Command):
-            raise UnavailableError(f"command {cmd_name!r} is no click.Command but a {type(plugin_command).__name__}.")
-        return plugin_command
+        return ctx.ensure_object(App).plugin_command(cmd_name)
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the command. What a plugin's command returns is no exit code."""

@@ -54,7 +54,7 @@ class Checkpoint:
     config: dict[str, Any]
     """Its Hugging Face config, as read or as derived; ``spec`` is what the family reads from it."""
     load_tokenizer: Callable[[], Tokenizer]
-    """Raises `FileFormatError` when there is none, saying where one was looked for."""
+    """Raises `MissingTokenizerError` when there is none, saying where one was looked for."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Content of generation_config.json: ``eos_token_id`` and sampling defaults."""
     quantized: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from zoo.errors import FileFormatError
+from zoo.errors import FileFormatError, MissingTokenizerError
 from zoo.text.json_files import read_json_object
 from zoo.text.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def find_tokenizer(directories: Sequence[Path], vocab_size: int) -> Callable[[],
 
     def nothing() -> Tokenizer:
         places = " or ".join(str(directory) for directory in directories)
-        raise FileFormatError(
+        raise MissingTokenizerError(
             f"there is no meta.pkl, meta.json or tokenizer.json in {places}.",
             fix="Copy the meta.pkl of the data there; for a model trained on GPT-2's tokens, GPT-2's tokenizer.json.",
         )

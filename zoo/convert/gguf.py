@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from zoo.convert.base import Checkpoint, WriteOptions, Writing
-from zoo.convert.gguf_config import ROPE_FREQS, config_from_metadata, generation_from_metadata
+from zoo.convert.gguf_config import as_float32, config_from_metadata, generation_from_metadata, norm_offsets
 from zoo.convert.gguf_file import GGUFTensors, begins_as_gguf
 from zoo.convert.gguf_writer import write_gguf
-from zoo.errors import FileFormatError, InputError, UnavailableError
+from zoo.errors import FileFormatError, InputError, MissingTokenizerError, UnavailableError
 from zoo.families.base import Family
+from zoo.families.gguf_metadata import ROPE_TENSORS
 from zoo.registry import BUILT_IN, Registry
 from zoo.text.gguf_tokenizer import tokenizer_from_gguf
 from zoo.text.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class GGUF:
             spec = family.read_config(config)
             if spec.n_layers > len(tensors.names()):
                 raise FileFormatError(f"it says that it has {spec.n_layers} layers, but holds fewer tensors.")
+            tensors.offsets = norm_offsets(spec, family)
             generation = generation_from_metadata(metadata)
 
         def load_tokenizer() -> Tokenizer:
@@ -111,7 +113,7 @@ def _family(path: Path, architecture: Any, registry: Registry) -> Family:
         except UnavailableError:
             broken.append(ref)
             continue
-        if family.gguf is not None:
+        if family.gguf is not None and family.gguf.opens:
             if family.gguf.architecture == architecture:
                 return family
             known.append(family.gguf.architecture)
@@ -123,8 +125,9 @@ def _family(path: Path, architecture: Any, registry: Registry) -> Family:
 
 def _config(tensors: GGUFTensors, family: Family) -> dict[str, Any]:
     values, names = dict(tensors.metadata), tensors.names()
-    if "rope_freqs.weight" in names:
-        values[ROPE_FREQS] = tensors.get("rope_freqs.weight", torch.float32).flatten().tolist()
+    for name in ROPE_TENSORS:
+        if f"{name}.weight" in names:
+            values[name] = as_float32(tensors.get(f"{name}.weight", torch.float32).flatten().tolist())
     return config_from_metadata(values, names, tensors.shape("token_embd.weight")[0], family)
 
 
@@ -134,7 +137,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        kind = FileFormatError if isinstance(error, FileFormatError) else InputError
+        kind = next(k for k in (MissingTokenizerError, FileFormatError, InputError) if isinstance(error, k))
         named = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
         raise kind(named, fix=error.fix) from None
     except KeyError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,8 @@ import numpy as np
 from zoo.convert.base import what_is_lost
 from zoo.errors import InputError
 from zoo.families.base import Family
+from zoo.families.gguf_metadata import ROPE_TENSORS, TENSORS
 from zoo.spec import ModelSpec
-
-ROPE_FREQS = "rope_freqs"
-"""Where a family finds the factors of the tensor ``rope_freqs.weight``, as a list of floats."""
 
 _HEAD = "output.weight"
 _NEUTRAL: dict[str, Any] = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
@@ -58,7 +57,7 @@ def config_from_metadata(
     """The Hugging Face config of a file.
 
     Args:
-        values: its metadata, with `ROPE_FREQS`.
+        values: its metadata, with what it has of `ROPE_TENSORS`.
         names: of its tensors.
         vocab_size: rows of its embedding.
         family: the one that reads its architecture.
@@ -68,7 +67,7 @@ def config_from_metadata(
         InputError: there are metadata of the architecture that neither the family nor zoo understands.
     """
     assert family.gguf is not None
-    view = _Metadata(values)
+    view = _Metadata({**values, TENSORS: frozenset(names)})
     prefix = f"{family.gguf.architecture}."
     config: dict[str, Any] = {
         "model_type": family.model_type,
@@ -78,7 +77,7 @@ def config_from_metadata(
         **_special_ids(values),
         **family.gguf.read_config(view),
     }
-    left = [key for key in values if key.startswith(prefix) or key == ROPE_FREQS]
+    left = [key for key in values if key.startswith(prefix) or key in ROPE_TENSORS]
     left = [key for key in left if key not in view.asked and not _harmless(key.removeprefix(prefix), values[key])]
     if left:
         shown = ", ".join(f"{key} = {values[key]!r:.60}" for key in left)
@@ -87,7 +86,7 @@ def config_from_metadata(
 
 
 def metadata_from_spec(spec: ModelSpec, family: Family) -> dict[str, Any]:
-    """The metadata of an architecture, with `ROPE_FREQS`.
+    """The metadata of an architecture, with what it needs of `ROPE_TENSORS`.
 
     Raises:
         InputError: zoo writes no GGUF for this family, or reading back what it writes gives another model.
@@ -96,16 +95,22 @@ def metadata_from_spec(spec: ModelSpec, family: Family) -> dict[str, Any]:
     if gguf is None or gguf.write_metadata is None:
         raise InputError(f"zoo can not write models of the family {family.name!r} as GGUF.")
     metadata = {f"{gguf.architecture}.vocab_size": spec.vocab_size, **gguf.write_metadata(spec)}
-    values = {key: _as_float32(value) for key, value in metadata.items()}
-    names = () if spec.tie_embeddings else (_HEAD,)
+    values = {key: as_float32(value) for key, value in metadata.items()}
     try:
-        again = family.read_config(config_from_metadata(values, names, spec.vocab_size, family))
+        again = family.read_config(config_from_metadata(values, gguf.keys.stored_names(spec), spec.vocab_size, family))
     except InputError as error:
         raise InputError(f"a GGUF file can not hold this model: {error.message}") from None
-    lost = what_is_lost(spec, again, _as_float32)
+    lost = what_is_lost(_with_float32_factors(spec), again, as_float32)
     if lost:
         raise InputError(f"a GGUF file of the architecture {gguf.architecture!r} can not say {', '.join(lost)}.")
     return metadata
+
+
+def norm_offsets(spec: ModelSpec, family: Family) -> dict[str, float]:
+    """What is added to the weights of norms in a file, by name: llama.cpp knows no ``norm_offset``."""
+    assert family.gguf is not None
+    names = family.gguf.keys.stored_names(spec) if spec.norm_offset else []
+    return {name: spec.norm_offset for name in names if name.endswith("norm.weight")}
 
 
 def generation_from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +169,17 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _as_float32(value: Any) -> Any:
-    """A float as it comes back from a file: the shortest decimal of the float32 next to it."""
+def _with_float32_factors(spec: ModelSpec) -> ModelSpec:
+    """``spec`` with the factors of its rotary scaling as they come back from a file."""
+    if spec.rope is None or spec.rope.scaling is None:
+        return spec
+    scaling = spec.rope.scaling
+    short, long = (tuple(as_float32(list(factors))) for factors in (scaling.short_factors, scaling.long_factors))
+    return replace(spec, rope=replace(spec.rope, scaling=replace(scaling, short_factors=short, long_factors=long)))
+
+
+def as_float32(value: Any) -> Any:
+    """A float, or each of a list, as it comes back from a file: the shortest decimal of the float32 next to it."""
+    if isinstance(value, list):
+        return [as_float32(each) for each in value]
     return float(str(np.float32(value))) if isinstance(value, float) else value

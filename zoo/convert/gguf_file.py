@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -79,6 +80,8 @@ class GGUFTensors:
             raise cursor.damaged(_TRUNCATED) from None
         except (LookupError, ValueError) as error:  # text that is no UTF-8, a type of value that nobody knows
             raise cursor.damaged(f"near byte {cursor.at}, {error}") from None
+        self.offsets: Mapping[str, float] = {}
+        """What `get` takes off the values of some tensors, in float32 and before they are rounded."""
         self.quantized = any(stored.kind not in _PLAIN for stored in self._stored.values())
 
     def names(self) -> list[str]:
@@ -90,7 +93,9 @@ class GGUFTensors:
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype, or float32 for a quantized tensor."""
+        """The stored dtype, or float32 for a quantized tensor and for one with an offset."""
+        if name in self.offsets:
+            return torch.float32
         return _PLAIN.get(self._find(name).kind, torch.float32)
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,6 +104,11 @@ class GGUFTensors:
         Raises:
             FileFormatError: there is none of this name.
         """
+        if name in self.offsets:
+            return (self._stored_values(name, torch.float32) - self.offsets[name]).to(dtype or torch.float32)
+        return self._stored_values(name, dtype)
+
+    def _stored_values(self, name: str, dtype: torch.dtype | None) -> Tensor:
         stored = self._find(name)
         raw = np.frombuffer(self._data, np.uint8, stored.n_bytes, stored.start)
         if stored.kind in _PLAIN:

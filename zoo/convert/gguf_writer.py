@@ -15,11 +15,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
 from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots
-from zoo.convert.gguf_config import ROPE_FREQS, metadata_from_generation, metadata_from_spec
+from zoo.convert.gguf_config import metadata_from_generation, metadata_from_spec, norm_offsets
 from zoo.convert.gguf_vocabulary import metadata_from_tokenizer
 from zoo.convert.safetensors import TensorSlot
 from zoo.errors import InputError
 from zoo.families.base import Rule
+from zoo.families.gguf_metadata import ROPE_TENSORS
 from zoo.sources.provenance import read_provenance
 
 _KINDS = {
@@ -45,6 +46,8 @@ class _Slot:
 
     values: TensorSlot
     kind: GGMLQuantizationType
+    offset: float = 0.0
+    """Added to the values, in float32."""
 
     @property
     def n_bytes(self) -> int:
@@ -55,11 +58,12 @@ class _Slot:
 def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     """Prepare a GGUF file with the model, its tokenizer and its chat template. Raises as `Writer.write`."""
     metadata = metadata_from_spec(checkpoint.spec, checkpoint.family)
-    factors = metadata.pop(ROPE_FREQS, None)
+    factors = {name: metadata.pop(name) for name in ROPE_TENSORS if name in metadata}
     assert checkpoint.family.gguf is not None
     rules = checkpoint.family.gguf.keys.rules(checkpoint.spec)
+    offsets = norm_offsets(checkpoint.spec, checkpoint.family)
     slots = [
-        _Slot(slot, _kind(rule, options.dtype if options.dtype is not None else slot.dtype))
+        _Slot(slot, _kind(rule, slot.dtype if options.dtype is None else options.dtype), offsets.get(slot.name, 0.0))
         for rule, slot in zip(rules, parameter_slots(checkpoint, rules, None, lambda n_bytes: None), strict=True)
     ]
     metadata |= _about(checkpoint, slots, options)
@@ -68,13 +72,14 @@ def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     added = tokenizer.backend.get_added_tokens_decoder().keys()
     metadata |= metadata_from_generation(checkpoint.generation, checkpoint.config, metadata, added)
     architecture = checkpoint.family.gguf.architecture
-    kinds = {name: slot.kind for rule, slot in zip(rules, slots, strict=True) for name in rule.ours}
+    by_name = {name: slot for rule, slot in zip(rules, slots, strict=True) for name in rule.ours}
 
     def rounded(name: str, values: Tensor) -> Tensor:
-        if kinds[name] in _DTYPES:
-            return cast(name, values, _DTYPES[kinds[name]])
-        raw = gguf.quants.quantize(values.float().contiguous().numpy(), kinds[name])
-        return torch.from_numpy(gguf.quants.dequantize(raw, kinds[name]))
+        slot = by_name[name]
+        if slot.kind in _DTYPES:
+            return _shifted(cast(name, _shifted(values, slot.offset), _DTYPES[slot.kind]), -slot.offset)
+        raw = gguf.quants.quantize(values.float().contiguous().numpy(), slot.kind)
+        return torch.from_numpy(gguf.quants.dequantize(raw, slot.kind))
 
     return Writing(
         n_tensors=len(slots),
@@ -121,7 +126,7 @@ def _write(
     path: Path,
     architecture: str,
     metadata: dict[str, Any],
-    factors: list[float] | None,
+    factors: dict[str, list[float]],
     slots: Sequence[_Slot],
     progress: Callable[[int], None],
 ) -> None:
@@ -129,16 +134,16 @@ def _write(
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", (len(factors),), np.dtype(np.float32), 4 * len(factors))
+        for name, values in factors.items():
+            writer.add_tensor_info(f"{name}.weight", (len(values),), np.dtype(np.float32), 4 * len(values))
         for slot in slots:
             shape, dtype = slot.values.shape, np.dtype(np.float32)
             writer.add_tensor_info(slot.values.name, shape, dtype, slot.n_bytes, raw_dtype=slot.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(np.array(factors, np.float32))
+        for values in factors.values():
+            writer.write_tensor_data(np.array(values, np.float32))
         for slot in slots:
             writer.write_tensor_data(_raw(slot))
             progress(slot.n_bytes)
@@ -161,9 +166,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _raw(slot: _Slot) -> np.ndarray:
     """The bytes of a tensor."""
-    values = slot.values.read()
+    values = _shifted(slot.values.read(), slot.offset)
     if slot.kind in _DTYPES:
         plain = cast(slot.values.name, values, _DTYPES[slot.kind]).contiguous()
         return plain.view(torch.uint8).numpy()
     quantized: np.ndarray = gguf.quants.quantize(values.float().numpy(), slot.kind)
     return quantized
+
+
+def _shifted(values: Tensor, offset: float) -> Tensor:
+    return values.float() + offset if offset else values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from zoo.convert.base import Checkpoint, TensorReader, WriteOptions, Writing
@@ -126,10 +126,16 @@ def _open_weights(directory: Path) -> TensorReader:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """The file that each tensor is in."""
+    """The file that each tensor is in. A file of weights is not to make us read others of the machine."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(f"{index} has no 'weight_map'.")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise FileFormatError(f"{index}: 'weight_map' must map each tensor to the name of a file.")
+    for file in dict.fromkeys(weight_map.values()):
+        name = PureWindowsPath(file)  # it knows both kinds of slash, and drives
+        if name.anchor or ".." in name.parts:
+            raise FileFormatError(f"{index} names {file!r}; a shard lies beside its index.", fix="Download it again.")
+        if (index.parent / file).is_dir():
+            raise FileFormatError(f"{index} names {file!r}, which is a directory, not a file of tensors.")
     return {name: index.parent / file for name, file in weight_map.items()}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots
+from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots, what_is_lost
 from zoo.convert.safetensors import TensorSlot, write_safetensors
-from zoo.errors import FileFormatError, InputError
+from zoo.errors import InputError, MissingTokenizerError
 from zoo.sources.provenance import Provenance, read_provenance, write_provenance
+from zoo.text.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 _REPLACED_KEYS = ("dtype", "torch_dtype", "quantization_config", "model_type", "architectures", "auto_map")
@@ -24,19 +25,36 @@ def write_hf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     """Prepare a Hugging Face directory: config, weights, tokenizer and ``zoo.yaml``. Raises as `Writer.write`."""
     dtype = plain_dtype(options, "hf")
     slots = parameter_slots(checkpoint, checkpoint.family.keys.rules(checkpoint.spec), dtype, options.progress)
+    config = _config(checkpoint, slots[0].dtype)
+    tokenizer = tokenizer_to_save(checkpoint)
 
     def to(directory: Path) -> None:
         directory.mkdir()
         digests = _write_weights(directory, slots, options.max_shard_bytes)
-        kept = {key: value for key, value in checkpoint.config.items() if key not in _REPLACED_KEYS}
-        # Both say the same; the source's own words are kept where it has any ("gelu_new", bos_token_id, notes).
-        config = {**checkpoint.family.write_config(checkpoint.spec), **kept}
-        config["torch_dtype"] = str(slots[0].dtype).removeprefix("torch.")
         # Nulls too: where transformers has a number by default, a key that is missing is not the same.
         _write_json(directory / "config.json", config)
-        write_companions(directory, checkpoint, digests)
+        write_companions(directory, checkpoint, tokenizer, digests)
 
     return Writing(len(slots), sum(slot.n_bytes for slot in slots), to, rounding(dtype))
+
+
+def _config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        InputError: who reads it would get another model.
+    """
+    family, spec = checkpoint.family, checkpoint.spec
+    kept = {key: value for key, value in checkpoint.config.items() if key not in _REPLACED_KEYS}
+    # Both say the same; the source's own words are kept where it has any ("gelu_new", bos_token_id, notes).
+    config = {**family.write_config(spec), **kept, "torch_dtype": str(dtype).removeprefix("torch.")}
+    try:
+        again = family.read_config(json.loads(json.dumps(config)))  # as JSON says it: a tuple is a list there
+    except InputError as error:
+        raise InputError(f"a config.json can not hold this model: {error.message}", fix=error.fix) from None
+    if lost := what_is_lost(spec, again):
+        raise InputError(f"a config.json of the family {family.name!r} can not say {', '.join(lost)}.")
+    return config
 
 
 def plain_dtype(options: WriteOptions, format_name: str) -> torch.dtype | None:
@@ -59,14 +77,30 @@ def rounding(dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
     return rounded
 
 
-def write_companions(directory: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
+def tokenizer_to_save(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer, unless its tokenizer.json is copied, or there is none: such weights are a legitimate model.
+
+    Raises:
+        InputError: there is one, and it can not be loaded.
+    """
+    if any(path.name == "tokenizer.json" for path in checkpoint.companions):
+        return None
+    try:
+        return checkpoint.load_tokenizer()
+    except MissingTokenizerError:
+        return None
+
+
+def write_companions(
+    directory: Path, checkpoint: Checkpoint, tokenizer: Tokenizer | None, digests: dict[str, str]
+) -> None:
     """Generation config, tokenizer, and ``zoo.yaml`` with the sha256 of each weight file."""
     for path in checkpoint.companions:
         shutil.copyfile(path, directory / path.name)
     if checkpoint.generation and not (directory / "generation_config.json").exists():
         _write_json(directory / "generation_config.json", checkpoint.generation)
-    if not (directory / "tokenizer.json").exists():
-        _save_tokenizer(directory, checkpoint)
+    if tokenizer is not None:
+        tokenizer.save(directory)
     known = read_provenance(checkpoint.directory)
     write_provenance(
         directory,
@@ -75,14 +109,6 @@ def write_companions(directory: Path, checkpoint: Checkpoint, digests: dict[str,
         family=checkpoint.family.name,
         spec=checkpoint.spec.to_dict(),
     )
-
-
-def _save_tokenizer(directory: Path, checkpoint: Checkpoint) -> None:
-    try:
-        tokenizer = checkpoint.load_tokenizer()
-    except FileFormatError:
-        return  # weights without a tokenizer are a legitimate model; generation says so when it needs one
-    tokenizer.save(directory)
 
 
 def _write_weights(directory: Path, slots: list[TensorSlot], max_shard_bytes: int) -> dict[str, str]:

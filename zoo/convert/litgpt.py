@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.convert.base import Checkpoint, WriteOptions, Writing, parameter_slots, what_is_lost
 from zoo.convert.hf import COMPANIONS
-from zoo.convert.hf_writer import plain_dtype, rounding, write_companions
+from zoo.convert.hf_writer import plain_dtype, rounding, tokenizer_to_save, write_companions
 from zoo.convert.litgpt_config import CONFIG, WEIGHTS, config_from_spec, looks_like_litgpt, spec_from_config
 from zoo.convert.torch_file import TorchTensors, checked_tensors, load_torch_file
 from zoo.convert.torch_writer import write_torch_file
@@ -102,12 +102,13 @@ class LitGPT:
         slots = parameter_slots(checkpoint, KEYS[untied.mlp].rules(untied), dtype, options.progress)
         shared = {"lm_head.weight": "transformer.wte.weight"} if checkpoint.spec.tie_embeddings else {}
         slots = [slot for slot in slots if slot.name not in shared]
+        tokenizer = tokenizer_to_save(checkpoint)
 
         def to(directory: Path) -> None:
             directory.mkdir()
             write_torch_file(directory / WEIGHTS, slots, shared)
             _yaml().dump(settings, directory / CONFIG)
-            write_companions(directory, checkpoint, {WEIGHTS: sha256_of(directory / WEIGHTS)})
+            write_companions(directory, checkpoint, tokenizer, {WEIGHTS: sha256_of(directory / WEIGHTS)})
 
         return Writing(len(slots), sum(slot.n_bytes for slot in slots), to, rounding(dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
@@ -50,7 +50,8 @@ class KeyMap:
     """A bijection between stored tensor names and our parameters, written as a table.
 
     One line each: stored name, our name, and a transform if values move. ``{i}`` runs over the layers, ``{n}`` over
-    the heads; ``attn.{q,k,v}`` names several parameters that one stored tensor holds, in its order::
+    the heads; ``attn.{q,k,v}`` names several parameters that one stored tensor holds, in its order, and so does
+    ``{n}`` where only our name has it::
 
         h.{i}.ln_1.weight          blocks.{i}.attn_norm.weight
         h.{i}.attn.c_attn.weight   blocks.{i}.attn.{q,k,v}.weight    transposed
@@ -85,18 +86,25 @@ class KeyMap:
             ZooError: the table is no bijection: it lacks a parameter of the model, or names one twice.
         """
         shapes = parameter_shapes(spec)
-        rules = []
+        rules = list(self._rules(spec, shapes))
+        _check_bijection(rules, shapes)
+        order = {name: i for i, name in enumerate(shapes)}
+        return sorted(rules, key=lambda rule: order[rule.ours[0]])
+
+    def stored_names(self, spec: ModelSpec) -> list[str]:
+        """Names of the tensors that a file of ``spec`` has; a parameter that the table lacks is passed over."""
+        return [rule.stored for rule in self._rules(spec, parameter_shapes(spec))]
+
+    def _rules(self, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:
         for stored, ours, transform in [*self._lines, *self._by_block.get(spec.block, ())]:
             layers = range(spec.n_layers) if "{i}" in stored else [0]
             heads = range(spec.n_heads) if "{n}" in stored else [0]
             for layer, head in product(layers, heads):
-                names = tuple(_numbered(name, layer, head) for name in ours)
+                of_heads = [head] if "{n}" in stored else range(spec.n_heads)
+                names = tuple(one for name in ours for one in _every(name, layer, of_heads, shapes))
                 if any(name in shapes for name in names):
                     name_shapes = tuple(shapes[name] for name in names if name in shapes)
-                    rules.append(Rule(_numbered(stored, layer, head), names, name_shapes, TRANSFORMS[transform], spec))
-        _check_bijection(rules, shapes)
-        order = {name: i for i, name in enumerate(shapes)}
-        return sorted(rules, key=lambda rule: order[rule.ours[0]])
+                    yield Rule(_numbered(stored, layer, head), names, name_shapes, TRANSFORMS[transform], spec)
 
     def locate(self, spec: ModelSpec, stored_names: Sequence[str], where: str) -> dict[str, Rule]:
         """Match the names in a file to rules.
@@ -133,6 +141,13 @@ class KeyMap:
 
 def _numbered(name: str, layer: int, head: int) -> str:
     return name.replace("{i}", str(layer)).replace("{n}", str(head))
+
+
+def _every(name: str, layer: int, heads: Sequence[int], shapes: Mapping[str, Any]) -> list[str]:
+    """The parameters that a name of a line stands for: one, or one for each of the heads that the model has."""
+    if "{n}" not in name or len(heads) == 1:
+        return [_numbered(name, layer, heads[0])]
+    return [one for one in (_numbered(name, layer, head) for head in heads) if one in shapes]
 
 
 def _parse_table(table: str) -> list[Line]:
@@ -177,11 +192,15 @@ class GGUFMap:
 
     architecture: str
     read_config: Callable[[Config], dict[str, Any]]
-    """From GGUF metadata to the Hugging Face config that the family reads."""
+    """From GGUF metadata to the Hugging Face config that the family reads; `zoo.families.gguf_metadata` has what else
+    it finds among them. What it says about ``tie_word_embeddings`` goes before whether the file has a head."""
     keys: KeyMap
     write_metadata: Callable[[ModelSpec], dict[str, Any]] | None = None
     """The inverse: ``ARCHITECTURE.*`` metadata of a spec, and ``rope_freqs`` where the file has that tensor. What a
     spec says and they do not is found by reading them back. ``None``: zoo can not write this family as GGUF."""
+    opens: bool = True
+    """Whether files of the architecture are of this family. No: only written, and opened as the family whose
+    mathematics they have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +265,7 @@ class ConfigReader:
             InputError: the value is none of ``choices``.
         """
         value = self.get(key, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InputError(f"the {self._family} config has {key} = {value!r}; zoo knows {', '.join(choices)}.")
         return choices[value]
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.errors import InputError
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import BlockKind, ModelSpec, RopeSpec
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import (
+    TENSORS,
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_rotary,
+    write_sizes,
+)
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import BlockKind, ModelSpec
 
 _INPUT_NORM = """
     transformer.h.{i}.input_layernorm.weight                  blocks.{i}.attn_norm.weight
@@ -45,6 +53,31 @@ HF_KEYS = KeyMap(
     ignore=[r"rotary(_emb)?\.inv_freq$"],
 )
 
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_qkv.weight      blocks.{i}.attn.{q,k,v}.weight  rows
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    output_norm.bias             norm.bias
+    output.weight                head.weight
+    """,
+    by_block={
+        "parallel": """
+    blk.{i}.attn_norm.weight     blocks.{i}.mlp_norm.weight
+    blk.{i}.attn_norm.bias       blocks.{i}.mlp_norm.bias
+    blk.{i}.attn_norm_2.weight   blocks.{i}.attn_norm.weight
+    blk.{i}.attn_norm_2.bias     blocks.{i}.attn_norm.bias
+    """,
+        "parallel_shared_norm": """
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_norm.bias       blocks.{i}.attn_norm.bias
+    """,
+    },
+)
+
 
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face Falcon config (`FalconConfig`), or of the older ``RefinedWeb`` and ``RefinedWebModel``.
@@ -53,7 +86,6 @@ def spec_from_config(config: Config) -> ModelSpec:
         InputError: as `ConfigReader` does, or the kv heads and norms are of no layout that `transformers` has.
     """
     read = ConfigReader(config, "falcon")
-    rope, scaling = read_rope(read, "falcon")
     read.only("alibi", False)
     read.only("apply_residual_connection_post_layernorm", False)
     d_model = read.get("hidden_size", read.get("n_embed", 4544))
@@ -77,7 +109,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_eps=read.get("layer_norm_epsilon", 1e-5),
         block=_block(read, new=new),
         activation=read.choose("activation", ACTIVATIONS, "gelu"),
-        rope=RopeSpec(n_dims=d_model // n_heads, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "falcon", d_model // n_heads),
         norm_bias=True,
         qkv_bias=bias,
         attn_out_bias=bias,
@@ -154,6 +186,37 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``falcon.*`` metadata; the number of norms, its tensors say."""
+    sizes = read_sizes(metadata, "falcon")
+    n_heads, n_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    two_norms = "blk.0.attn_norm_2.weight" in metadata[TENSORS]
+    new = two_norms or n_kv_heads not in (1, n_heads)
+    return {
+        "num_hidden_layers": sizes["num_hidden_layers"],
+        "hidden_size": sizes["hidden_size"],
+        "num_attention_heads": n_heads,
+        "num_kv_heads": n_kv_heads if new else n_heads,
+        "multi_query": n_kv_heads == 1,
+        "new_decoder_architecture": new,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "ffn_hidden_size": sizes["intermediate_size"],
+        "max_position_embeddings": sizes["max_position_embeddings"],
+        "layer_norm_epsilon": metadata["falcon.attention.layer_norm_epsilon"],
+        **read_rotary(metadata, "falcon", read_head_size(metadata, "falcon")),
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``falcon.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "falcon"),
+        "falcon.attention.layer_norm_epsilon": spec.norm_eps,
+        **write_rotary(spec, "falcon"),
+        "falcon.tensor_data_layout": "jploski",  # what llama.cpp calls its order of q, k and v
+    }
+
+
 FALCON = Family(
     name="falcon",
     model_type="falcon",
@@ -161,4 +224,5 @@ FALCON = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("falcon", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

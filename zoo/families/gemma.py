@@ -5,10 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.errors import InputError
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import (
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_head_size,
+    write_rotary,
+    write_sizes,
+)
 from zoo.families.llama import HF_KEYS
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import Activation, ModelSpec, RopeSpec
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import Activation, ModelSpec
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_q.weight        blocks.{i}.attn.q.weight
+    blk.{i}.attn_k.weight        blocks.{i}.attn.k.weight
+    blk.{i}.attn_v.weight        blocks.{i}.attn.v.weight
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.ffn_norm.weight      blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_gate.weight      blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    """
+)
 
 
 def spec_from_config(config: Config) -> ModelSpec:
@@ -18,7 +42,6 @@ def spec_from_config(config: Config) -> ModelSpec:
         InputError: as `ConfigReader` does, or its two keys for the activation differ.
     """
     read = ConfigReader(config, "gemma")
-    rope, scaling = read_rope(read, "gemma")
     read.only("use_bidirectional_attention", False)
     d_model, d_head = read.get("hidden_size", 3072), read.get("head_dim", 256)
     bias = read.get("attention_bias", False)
@@ -36,7 +59,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_offset=1.0,
         mlp="gated",
         activation=_activation(read),
-        rope=RopeSpec(n_dims=d_head, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "gemma", d_head),
         embed_scale=d_model**0.5,
         qkv_bias=bias,
         attn_out_bias=bias,
@@ -86,6 +109,28 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``gemma.*`` metadata."""
+    d_head = read_head_size(metadata, "gemma", free=True)
+    return {
+        **read_sizes(metadata, "gemma"),
+        "head_dim": d_head,
+        "rms_norm_eps": metadata["gemma.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "gemma", d_head),
+        "tie_word_embeddings": True,  # llama.cpp knows no other
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``gemma.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "gemma"),
+        **write_head_size(spec, "gemma"),
+        "gemma.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "gemma"),
+    }
+
+
 GEMMA = Family(
     name="gemma",
     model_type="gemma",
@@ -93,4 +138,5 @@ GEMMA = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("gemma", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import (
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_head_size,
+    write_rotary,
+    write_sizes,
+)
 from zoo.families.layers import read_layer_types, write_layer_types
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import ModelSpec, RopeSpec
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import ModelSpec
 
 HF_KEYS = KeyMap(
     """
@@ -34,6 +42,24 @@ HF_KEYS = KeyMap(
     ignore=[r"rotary_emb\.inv_freq$"],
 )
 
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight                   embed.weight
+    blk.{i}.attn_norm.weight            blocks.{i}.attn_norm.weight
+    blk.{i}.attn_q.weight               blocks.{i}.attn.q.weight
+    blk.{i}.attn_k.weight               blocks.{i}.attn.k.weight
+    blk.{i}.attn_v.weight               blocks.{i}.attn.v.weight
+    blk.{i}.attn_output.weight          blocks.{i}.attn.out.weight
+    blk.{i}.post_attention_norm.weight  blocks.{i}.attn_post_norm.weight
+    blk.{i}.ffn_norm.weight             blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_gate.weight             blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight               blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight             blocks.{i}.mlp.down.weight
+    blk.{i}.post_ffw_norm.weight        blocks.{i}.mlp_post_norm.weight
+    output_norm.weight                  norm.weight
+    """
+)
+
 # transformers reads hidden_activation, not hidden_act; the kind of its cache changes no number.
 _OWN_HARMLESS = ("hidden_act", "cache_implementation")
 
@@ -41,7 +67,6 @@ _OWN_HARMLESS = ("hidden_act", "cache_implementation")
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face Gemma 2 config (`Gemma2Config`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "gemma2")
-    rope, scaling = read_rope(read, "gemma2")
     read.only("use_bidirectional_attention", False)
     n_layers = read.get("num_hidden_layers", 26)
     d_model, d_head = read.get("hidden_size", 2304), read.get("head_dim", 256)
@@ -63,7 +88,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_offset=1.0,
         mlp="gated",
         activation=read.choose("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
-        rope=RopeSpec(n_dims=d_head, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "gemma2", d_head),
         embed_scale=d_model**0.5,
         qkv_bias=bias,
         attn_out_bias=bias,
@@ -117,6 +142,39 @@ def _scalar(spec: ModelSpec) -> float:
     return whole if whole**-0.5 == spec.attn_scale else spec.attn_scale**-2
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``gemma2.*`` metadata, with llama.cpp's defaults."""
+    d_head, sizes = read_head_size(metadata, "gemma2", free=True), read_sizes(metadata, "gemma2")
+    is_27b = sizes["num_hidden_layers"] == 46  # by which llama.cpp knows the one size with another scale of scores
+    return {
+        **sizes,
+        "head_dim": d_head,
+        "query_pre_attn_scalar": sizes["hidden_size"] // sizes["num_attention_heads"] if is_27b else d_head,
+        "attn_logit_softcapping": metadata.get("gemma2.attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.get("gemma2.final_logit_softcapping", 30.0),
+        "sliding_window": metadata.get("gemma2.attention.sliding_window", 4096),
+        "rms_norm_eps": metadata["gemma2.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "gemma2", d_head),
+        "tie_word_embeddings": True,  # llama.cpp knows no other
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``gemma2.*`` metadata of a spec."""
+    optional = {
+        "gemma2.attention.sliding_window": spec.window,
+        "gemma2.attn_logit_softcapping": spec.attn_softcap,
+        "gemma2.final_logit_softcapping": spec.head_softcap,
+    }
+    return {
+        **write_sizes(spec, "gemma2"),
+        **write_head_size(spec, "gemma2"),
+        "gemma2.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "gemma2"),
+        **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
 GEMMA2 = Family(
     name="gemma2",
     model_type="gemma2",
@@ -124,4 +182,5 @@ GEMMA2 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("gemma2", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

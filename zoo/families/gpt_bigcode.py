@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import read_sizes, write_sizes
 from zoo.spec import ModelSpec
 
 HF_KEYS = KeyMap(
@@ -29,6 +30,28 @@ HF_KEYS = KeyMap(
     """,
     prefix="transformer.",
     ignore=[r"^(transformer\.)?bias$", r"h\.\d+\.attn\.(masked_)?bias$"],
+)
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight              embed.weight
+    position_embd.weight           positions.weight
+    blk.{i}.attn_norm.weight       blocks.{i}.attn_norm.weight
+    blk.{i}.attn_norm.bias         blocks.{i}.attn_norm.bias
+    blk.{i}.attn_qkv.weight        blocks.{i}.attn.{q,k,v}.weight  rows
+    blk.{i}.attn_qkv.bias          blocks.{i}.attn.{q,k,v}.bias    rows
+    blk.{i}.attn_output.weight     blocks.{i}.attn.out.weight
+    blk.{i}.attn_output.bias       blocks.{i}.attn.out.bias
+    blk.{i}.ffn_norm.weight        blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_norm.bias          blocks.{i}.mlp_norm.bias
+    blk.{i}.ffn_up.weight          blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_up.bias            blocks.{i}.mlp.up.bias
+    blk.{i}.ffn_down.weight        blocks.{i}.mlp.down.weight
+    blk.{i}.ffn_down.bias          blocks.{i}.mlp.down.bias
+    output_norm.weight             norm.weight
+    output_norm.bias               norm.bias
+    output.weight                  head.weight
+    """
 )
 
 _OWN_HARMLESS = (
@@ -105,6 +128,26 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``starcoder.*`` metadata."""
+    sizes = read_sizes(metadata, "starcoder")
+    return {
+        "n_layer": sizes["num_hidden_layers"],
+        "n_embd": sizes["hidden_size"],
+        "n_head": sizes["num_attention_heads"],
+        "num_key_value_heads": sizes["num_key_value_heads"],
+        "multi_query": sizes["num_key_value_heads"] == 1,
+        "n_inner": sizes["intermediate_size"],
+        "n_positions": sizes["max_position_embeddings"],
+        "layer_norm_epsilon": metadata["starcoder.attention.layer_norm_epsilon"],
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``starcoder.*`` metadata of a spec."""
+    return {**write_sizes(spec, "starcoder"), "starcoder.attention.layer_norm_epsilon": spec.norm_eps}
+
+
 GPT_BIGCODE = Family(
     name="gpt_bigcode",
     model_type="gpt_bigcode",
@@ -112,4 +155,5 @@ GPT_BIGCODE = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("starcoder", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -8,8 +8,16 @@ from typing import Any
 
 from zoo.errors import FileFormatError, InputError
 from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import ModelSpec, RopeSpec
+from zoo.families.gguf_metadata import (
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_head_size,
+    write_rotary,
+    write_sizes,
+)
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import ModelSpec
 
 HF_KEYS = KeyMap(
     """
@@ -61,7 +69,6 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face Llama config (`LlamaConfig`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "llama")
-    rope, scaling = read_rope(read, "llama")
     read.only("rope_interleaved", False)
     d_model, n_heads = read.require("hidden_size"), read.require("num_attention_heads")
     d_head = read.get("head_dim", d_model // n_heads)
@@ -79,7 +86,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_eps=read.get("rms_norm_eps", 1e-6),
         mlp="gated",
         activation=read.choose("hidden_act", ACTIVATIONS, "silu"),
-        rope=RopeSpec(n_dims=d_head, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "llama", d_head),
         qkv_bias=attention_bias,
         attn_out_bias=attention_bias,
         mlp_bias=mlp_bias,
@@ -124,38 +131,26 @@ def config_from_gguf(metadata: Config) -> dict[str, Any]:
         InputError: only a part of each head is rotated, or values are not as wide as keys.
         FileFormatError: the factors in ``rope_freqs`` are of a scaling that zoo does not know.
     """
-    d_model, n_heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    d_head = metadata.get("llama.attention.key_length", d_model // n_heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if metadata.get(key, d_head) != d_head:
-            raise InputError(f"{key} is {metadata[key]}; zoo's llama family needs the head size, {d_head}.")
-    theta = metadata.get("llama.rope.freq_base", 10_000.0)
+    d_head = read_head_size(metadata, "llama", free=True)
+    rotary = read_rotary(metadata, "llama", d_head)
     return {
-        "num_hidden_layers": metadata["llama.block_count"],
-        "hidden_size": d_model,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", n_heads),
+        **read_sizes(metadata, "llama"),
         "head_dim": d_head,
-        "intermediate_size": metadata["llama.feed_forward_length"],
-        "max_position_embeddings": metadata["llama.context_length"],
         "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": theta,
-        "rope_scaling": _scaling_from_gguf(metadata, d_head, theta),
+        **rotary,
+        "rope_scaling": _with_factors(metadata, rotary["rope_scaling"], d_head, rotary["rope_theta"]),
     }
 
 
-def _scaling_from_gguf(metadata: Config, d_head: int, theta: float) -> dict[str, Any] | None:
-    """The value of ``rope_scaling``. A factor without a type means linear, as in llama.cpp (``llama_model_loader``)."""
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")) or 1.0
-    metadata.get("llama.rope.scaling.finetuned")  # says how the model was trained, not what it computes
-    by_metadata = (
-        None if kind == "none" or (kind == "linear" and factor == 1.0) else {"rope_type": kind, "factor": factor}
-    )
+def _with_factors(
+    metadata: Config, by_metadata: dict[str, Any] | None, d_head: int, theta: float
+) -> dict[str, Any] | None:
+    """The value of ``rope_scaling``, which a file says by its metadata or by ``rope_freqs``."""
     factors = metadata.get("rope_freqs")
     if factors is None:
         return by_metadata
     if by_metadata is not None:
+        kind = by_metadata["rope_type"]
         raise InputError(f"rotary positions are scaled twice: by {kind!r} and by the tensor rope_freqs.weight.")
     return _llama3_from_factors(factors, d_head, theta)
 
@@ -194,24 +189,15 @@ def _llama3_factors(factor: float, d_head: int, theta: float) -> list[float]:
 def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """The ``llama.*`` metadata of a spec, and ``rope_freqs`` if llama3 scales its positions."""
     assert spec.rope is not None
-    found: dict[str, Any] = {
-        "llama.block_count": spec.n_layers,
-        "llama.context_length": spec.max_seq_len,
-        "llama.embedding_length": spec.d_model,
-        "llama.feed_forward_length": spec.d_ffn,
-        "llama.attention.head_count": spec.n_heads,
-        "llama.attention.head_count_kv": spec.n_kv_heads,
-        "llama.attention.key_length": spec.d_head,
-        "llama.attention.value_length": spec.d_head,
+    found = {
+        **write_sizes(spec, "llama"),
+        **write_head_size(spec, "llama"),
         "llama.attention.layer_norm_rms_epsilon": spec.norm_eps,
-        "llama.rope.dimension_count": spec.rope.n_dims,
-        "llama.rope.freq_base": spec.rope.base,
+        **write_rotary(spec, "llama"),
     }
     scaling = spec.rope.scaling
     if scaling is not None and scaling.kind == "llama3":
-        return found | {"rope_freqs": _llama3_factors(scaling.factor, spec.d_head, spec.rope.base)}
-    if scaling is not None:
-        found |= {"llama.rope.scaling.type": scaling.kind, "llama.rope.scaling.factor": scaling.factor}
+        found["rope_freqs"] = _llama3_factors(scaling.factor, spec.d_head, spec.rope.base)
     return found
 
 

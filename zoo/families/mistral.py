@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, activation_name
-from zoo.families.llama import HF_KEYS
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import ModelSpec, RopeSpec
+from zoo.families import llama
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, activation_name
+from zoo.families.llama import GGUF_KEYS, HF_KEYS
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import ModelSpec
 
 
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face Mistral config (`MistralConfig`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "mistral")
-    rope, scaling = read_rope(read, "mistral")
     n_layers = read.get("num_hidden_layers", 32)
     d_model, n_heads = read.get("hidden_size", 4096), read.get("num_attention_heads", 32)
     d_head = read.get("head_dim", d_model // n_heads)
@@ -32,7 +32,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_eps=read.get("rms_norm_eps", 1e-6),
         mlp="gated",
         activation=read.choose("hidden_act", ACTIVATIONS, "silu"),
-        rope=RopeSpec(n_dims=d_head, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "mistral", d_head),
         tie_embeddings=read.get("tie_word_embeddings", False),
         window=window,
         attn_dropout=read.get("attention_dropout", 0.0),
@@ -67,6 +67,11 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``llama.*`` metadata, which know no window."""
+    return {**llama.config_from_gguf(metadata), "sliding_window": None}
+
+
 MISTRAL = Family(
     name="mistral",
     model_type="mistral",
@@ -74,4 +79,5 @@ MISTRAL = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("llama", config_from_gguf, GGUF_KEYS, llama.gguf_from_spec, opens=False),
 )

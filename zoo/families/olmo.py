@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, activation_name
-from zoo.families.llama import HF_KEYS
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import ModelSpec, RopeSpec
+from zoo.errors import InputError
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, activation_name
+from zoo.families.gguf_metadata import read_head_size, read_rotary, read_sizes, write_rotary, write_sizes
+from zoo.families.llama import GGUF_KEYS, HF_KEYS
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import ModelSpec
 
 
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face OLMo config (`OlmoConfig`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "olmo")
-    rope, scaling = read_rope(read, "olmo")
     d_model, n_heads = read.get("hidden_size", 4096), read.get("num_attention_heads", 32)
     bias = read.get("attention_bias", False)
     spec = ModelSpec(
@@ -30,7 +31,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_affine=False,
         mlp="gated",
         activation=read.choose("hidden_act", ACTIVATIONS, "silu"),
-        rope=RopeSpec(n_dims=d_model // n_heads, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "olmo", d_model // n_heads),
         qkv_bias=bias,
         attn_out_bias=bias,
         tie_embeddings=read.get("tie_word_embeddings", False),
@@ -66,6 +67,32 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``olmo.*`` metadata.
+
+    Raises:
+        InputError: its norms have another epsilon than OLMo's.
+    """
+    epsilon = metadata["olmo.attention.layer_norm_epsilon"]
+    if epsilon != 1e-5:
+        raise InputError(f"olmo.attention.layer_norm_epsilon is {epsilon}; zoo's olmo family has 1e-05.")
+    return {
+        **read_sizes(metadata, "olmo"),
+        **read_rotary(metadata, "olmo", read_head_size(metadata, "olmo")),
+        "clip_qkv": metadata.get("olmo.attention.clamp_kqv") or None,
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``olmo.*`` metadata of a spec."""
+    found = {
+        **write_sizes(spec, "olmo"),
+        "olmo.attention.layer_norm_epsilon": spec.norm_eps,
+        **write_rotary(spec, "olmo"),
+    }
+    return found if spec.qkv_clip is None else {**found, "olmo.attention.clamp_kqv": float(spec.qkv_clip)}
+
+
 OLMO = Family(
     name="olmo",
     model_type="olmo",
@@ -73,4 +100,5 @@ OLMO = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("olmo", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
-from zoo.families.rope import read_rope, write_scaling
-from zoo.spec import ModelSpec, RopeSpec
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import read_head_size, read_rotary, read_sizes, write_rotary, write_sizes
+from zoo.families.rope import read_rope_spec, write_scaling
+from zoo.spec import ModelSpec
 
 HF_KEYS = KeyMap(
     """
@@ -32,11 +33,29 @@ HF_KEYS = KeyMap(
     prefix="model.",
 )
 
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight                   embed.weight
+    blk.{i}.attn_q.weight               blocks.{i}.attn.q.weight
+    blk.{i}.attn_k.weight               blocks.{i}.attn.k.weight
+    blk.{i}.attn_v.weight               blocks.{i}.attn.v.weight
+    blk.{i}.attn_output.weight          blocks.{i}.attn.out.weight
+    blk.{i}.attn_q_norm.weight          blocks.{i}.attn.q_norm.weight
+    blk.{i}.attn_k_norm.weight          blocks.{i}.attn.k_norm.weight
+    blk.{i}.post_attention_norm.weight  blocks.{i}.attn_post_norm.weight
+    blk.{i}.ffn_gate.weight             blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight               blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight             blocks.{i}.mlp.down.weight
+    blk.{i}.post_ffw_norm.weight        blocks.{i}.mlp_post_norm.weight
+    output_norm.weight                  norm.weight
+    output.weight                       head.weight
+    """
+)
+
 
 def spec_from_config(config: Config) -> ModelSpec:
     """Spec of a Hugging Face OLMo 2 config (`Olmo2Config`). Raises `InputError` as `ConfigReader` does."""
     read = ConfigReader(config, "olmo2")
-    rope, scaling = read_rope(read, "olmo2")
     d_model, n_heads = read.get("hidden_size", 4096), read.get("num_attention_heads", 32)
     bias = read.get("attention_bias", False)
     spec = ModelSpec(
@@ -53,7 +72,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         norm_place="after",
         mlp="gated",
         activation=read.choose("hidden_act", ACTIVATIONS, "silu"),
-        rope=RopeSpec(n_dims=d_model // n_heads, base=float(rope["rope_theta"]), scaling=scaling),
+        rope=read_rope_spec(read, "olmo2", d_model // n_heads),
         qkv_bias=bias,
         attn_out_bias=bias,
         tie_embeddings=read.get("tie_word_embeddings", False),
@@ -89,6 +108,25 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``olmo2.*`` metadata; a window is OLMo 3's."""
+    return {
+        **read_sizes(metadata, "olmo2"),
+        "rms_norm_eps": metadata["olmo2.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "olmo2", read_head_size(metadata, "olmo2")),
+        "tie_word_embeddings": False,  # llama.cpp loads none without a head
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``olmo2.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "olmo2"),
+        "olmo2.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "olmo2"),
+    }
+
+
 OLMO2 = Family(
     name="olmo2",
     model_type="olmo2",
@@ -96,4 +134,5 @@ OLMO2 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("olmo2", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

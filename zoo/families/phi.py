@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap
+from zoo.families.gguf_metadata import read_head_size, read_rotary, read_sizes, write_rotary, write_sizes
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
 
@@ -32,6 +33,30 @@ HF_KEYS = KeyMap(
     """,
     prefix="model.",
     ignore=[r"rotary_emb\.inv_freq$"],
+)
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_norm.bias       blocks.{i}.attn_norm.bias
+    blk.{i}.attn_q.weight        blocks.{i}.attn.q.weight
+    blk.{i}.attn_q.bias          blocks.{i}.attn.q.bias
+    blk.{i}.attn_k.weight        blocks.{i}.attn.k.weight
+    blk.{i}.attn_k.bias          blocks.{i}.attn.k.bias
+    blk.{i}.attn_v.weight        blocks.{i}.attn.v.weight
+    blk.{i}.attn_v.bias          blocks.{i}.attn.v.bias
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.attn_output.bias     blocks.{i}.attn.out.bias
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_up.bias          blocks.{i}.mlp.up.bias
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    blk.{i}.ffn_down.bias        blocks.{i}.mlp.down.bias
+    output_norm.weight           norm.weight
+    output_norm.bias             norm.bias
+    output.weight                head.weight
+    output.bias                  head.bias
+    """
 )
 
 
@@ -95,6 +120,25 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``phi2.*`` metadata."""
+    return {
+        **read_sizes(metadata, "phi2"),
+        "layer_norm_eps": metadata["phi2.attention.layer_norm_epsilon"],
+        **read_rotary(metadata, "phi2", read_head_size(metadata, "phi2"), partial=True),
+        "tie_word_embeddings": False,  # llama.cpp loads none without a head
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``phi2.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "phi2"),
+        "phi2.attention.layer_norm_epsilon": spec.norm_eps,
+        **write_rotary(spec, "phi2"),
+    }
+
+
 PHI = Family(
     name="phi",
     model_type="phi",
@@ -102,4 +146,5 @@ PHI = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("phi2", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import read_head_size, read_rotary, read_sizes, write_rotary, write_sizes
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
 
@@ -22,6 +23,21 @@ HF_KEYS = KeyMap(
     """,
     prefix="model.",
     ignore=[r"rotary_emb\.inv_freq$"],
+)
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_qkv.weight      blocks.{i}.attn.{q,k,v}.weight   rows
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.ffn_norm.weight      blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.{gate,up}.weight  rows
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    output.weight                head.weight
+    """,
+    ignore=[r"^rope_factors_(long|short)\.weight$"],
 )
 
 
@@ -84,6 +100,50 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``phi3.*`` metadata, and LongRoPE's factors if it has them.
+
+    A window is read, although llama.cpp (0.3.36 of its Python package) does without it: the models have it.
+    """
+    config = {
+        **read_sizes(metadata, "phi3"),
+        "rms_norm_eps": metadata["phi3.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "phi3", read_head_size(metadata, "phi3"), partial=True),
+        "sliding_window": metadata.get("phi3.attention.sliding_window") or None,
+    }
+    original = metadata.get("phi3.rope.scaling.original_context_length", config["max_position_embeddings"])
+    long_factors = metadata.get("rope_factors_long")
+    if long_factors is None:
+        return config
+    config["original_max_position_embeddings"] = original
+    config["rope_scaling"] = {
+        "rope_type": "longrope",
+        "long_factor": long_factors,
+        "short_factor": metadata["rope_factors_short"],
+        "attention_factor": metadata.get("phi3.rope.scaling.attn_factor", 1.0),
+    }
+    return config
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``phi3.*`` metadata of a spec, and the factors of LongRoPE."""
+    assert spec.rope is not None
+    found = {
+        **write_sizes(spec, "phi3"),
+        "phi3.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "phi3"),
+        "phi3.rope.scaling.original_context_length": spec.max_seq_len,
+        "phi3.attention.sliding_window": spec.window or 0,
+    }
+    scaling = spec.rope.scaling
+    if scaling is not None and scaling.kind == "longrope":
+        found["phi3.rope.scaling.original_context_length"] = scaling.original_max_seq_len
+        found["phi3.rope.scaling.attn_factor"] = scaling.attn_factor
+        found["rope_factors_long"] = list(scaling.long_factors)
+        found["rope_factors_short"] = list(scaling.short_factors)
+    return found
+
+
 PHI3 = Family(
     name="phi3",
     model_type="phi3",
@@ -91,4 +151,5 @@ PHI3 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("phi3", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import read_head_size, read_rotary, read_sizes, write_rotary, write_sizes
 from zoo.families.layers import read_windows, write_first_windows
 from zoo.families.llama import HF_KEYS
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_q.weight        blocks.{i}.attn.q.weight
+    blk.{i}.attn_q.bias          blocks.{i}.attn.q.bias
+    blk.{i}.attn_k.weight        blocks.{i}.attn.k.weight
+    blk.{i}.attn_k.bias          blocks.{i}.attn.k.bias
+    blk.{i}.attn_v.weight        blocks.{i}.attn.v.weight
+    blk.{i}.attn_v.bias          blocks.{i}.attn.v.bias
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.ffn_norm.weight      blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_gate.weight      blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    output.weight                head.weight
+    """
+)
 
 
 def spec_from_config(config: Config) -> ModelSpec:
@@ -71,6 +92,24 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``qwen2.*`` metadata. llama.cpp has no windows for it."""
+    return {
+        **read_sizes(metadata, "qwen2"),
+        "rms_norm_eps": metadata["qwen2.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "qwen2", read_head_size(metadata, "qwen2")),
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``qwen2.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "qwen2"),
+        "qwen2.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "qwen2"),
+    }
+
+
 QWEN2 = Family(
     name="qwen2",
     model_type="qwen2",
@@ -78,4 +117,5 @@ QWEN2 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("qwen2", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

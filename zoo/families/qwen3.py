@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import (
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_head_size,
+    write_rotary,
+    write_sizes,
+)
 from zoo.families.layers import read_windows, write_first_windows
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
@@ -31,6 +39,25 @@ HF_KEYS = KeyMap(
     lm_head.weight                                     head.weight
     """,
     prefix="model.",
+)
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_q.weight        blocks.{i}.attn.q.weight
+    blk.{i}.attn_k.weight        blocks.{i}.attn.k.weight
+    blk.{i}.attn_v.weight        blocks.{i}.attn.v.weight
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.attn_q_norm.weight   blocks.{i}.attn.q_norm.weight
+    blk.{i}.attn_k_norm.weight   blocks.{i}.attn.k_norm.weight
+    blk.{i}.ffn_norm.weight      blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_gate.weight      blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    output.weight                head.weight
+    """
 )
 
 
@@ -92,6 +119,27 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``qwen3.*`` metadata. llama.cpp has no windows for it."""
+    d_head = read_head_size(metadata, "qwen3", free=True)
+    return {
+        **read_sizes(metadata, "qwen3"),
+        "head_dim": d_head,
+        "rms_norm_eps": metadata["qwen3.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "qwen3", d_head),
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``qwen3.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "qwen3"),
+        **write_head_size(spec, "qwen3"),
+        "qwen3.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "qwen3"),
+    }
+
+
 QWEN3 = Family(
     name="qwen3",
     model_type="qwen3",
@@ -99,4 +147,5 @@ QWEN3 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("qwen3", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -45,12 +45,17 @@ def read_rope_spec(
     """
     parameters, scaling = read_rope(read, family, default_theta=default_theta, default_original=default_original)
     read.only("rope_theta", parameters["rope_theta"])
-    part = parameters.get("partial_rotary_factor", 1.0)
-    if rotated is not None:
-        part = parameters.get("partial_rotary_factor", read.get("partial_rotary_factor", rotated))
-        read.only("partial_rotary_factor", part)
-    elif part != 1.0:
-        raise InputError(f"the {family} config has partial_rotary_factor = {part!r}; zoo implements only 1.0.")
+    default = 1.0 if rotated is None else rotated
+    part = parameters.get("partial_rotary_factor", read.get("partial_rotary_factor", default))
+    read.only("partial_rotary_factor", part)
+    if rotated is None and part != 1.0:
+        # As transformers 5, which ignores the part unless it scales the frequencies: then they fit no head.
+        if scaling is not None:
+            raise InputError(
+                f"the {family} config scales rotary positions and has partial_rotary_factor = {part!r}; a {family} "
+                "turns all of each head."
+            )
+        part = 1.0
     return RopeSpec(n_dims=int(d_head * part), base=float(parameters["rope_theta"]), scaling=scaling)
 
 
@@ -82,7 +87,13 @@ def read_rope(
     Raises:
         InputError: a scaling of another kind, or a parameter that zoo does not understand.
     """
-    parameters: dict[str, Any] = {**read.get("rope_scaling", {}), **read.get("rope_parameters", {})}
+    given: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = read.get(key, {})
+        if not isinstance(found, dict):
+            raise InputError(f"the {family} config has {key} = {found!r}; it must be an object.")
+        given |= found
+    parameters = {key: value for key, value in given.items() if value is not None}
     parameters.setdefault("rope_theta", read.get(theta_key, default_theta))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ("default", "linear", "llama3", "longrope", "su"):

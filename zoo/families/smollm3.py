@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.errors import InputError
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, activation_name
+from zoo.families.gguf_metadata import (
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_head_size,
+    write_rotary,
+    write_sizes,
+)
 from zoo.families.layers import read_windows, write_windows
-from zoo.families.llama import HF_KEYS
+from zoo.families.llama import GGUF_KEYS, HF_KEYS
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
 
@@ -98,6 +106,28 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``smollm3.*`` metadata. Every fourth layer is not rotated."""
+    d_head = read_head_size(metadata, "smollm3", free=True)
+    return {
+        **read_sizes(metadata, "smollm3"),
+        "head_dim": d_head,
+        "rms_norm_eps": metadata["smollm3.attention.layer_norm_rms_epsilon"],
+        **read_rotary(metadata, "smollm3", d_head),
+        "no_rope_layer_interval": 4,  # no key says so: it is in llama.cpp's code
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``smollm3.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "smollm3"),
+        **write_head_size(spec, "smollm3"),
+        "smollm3.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        **write_rotary(spec, "smollm3"),
+    }
+
+
 SMOLLM3 = Family(
     name="smollm3",
     model_type="smollm3",
@@ -105,4 +135,5 @@ SMOLLM3 = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("smollm3", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

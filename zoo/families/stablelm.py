@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, KeyMap, activation_name
+from zoo.families.base import ACTIVATIONS, Config, ConfigReader, Family, GGUFMap, KeyMap, activation_name
+from zoo.families.gguf_metadata import (
+    TENSORS,
+    read_head_size,
+    read_rotary,
+    read_sizes,
+    write_rotary,
+    write_sizes,
+)
 from zoo.families.rope import read_rope_spec, write_rope_spec
 from zoo.spec import ModelSpec
 
@@ -33,6 +41,31 @@ HF_KEYS = KeyMap(
     """,
     prefix="model.",
     ignore=[r"rotary_emb\.inv_freq$"],
+)
+
+GGUF_KEYS = KeyMap(
+    """
+    token_embd.weight            embed.weight
+    blk.{i}.attn_norm.weight     blocks.{i}.attn_norm.weight
+    blk.{i}.attn_norm.bias       blocks.{i}.attn_norm.bias
+    blk.{i}.attn_q.weight        blocks.{i}.attn.q.weight
+    blk.{i}.attn_q.bias          blocks.{i}.attn.q.bias
+    blk.{i}.attn_k.weight        blocks.{i}.attn.k.weight
+    blk.{i}.attn_k.bias          blocks.{i}.attn.k.bias
+    blk.{i}.attn_v.weight        blocks.{i}.attn.v.weight
+    blk.{i}.attn_v.bias          blocks.{i}.attn.v.bias
+    blk.{i}.attn_output.weight   blocks.{i}.attn.out.weight
+    blk.{i}.attn_q_norm.weight   blocks.{i}.attn.q_norm.{n}.weight  stacked
+    blk.{i}.attn_k_norm.weight   blocks.{i}.attn.k_norm.{n}.weight  stacked
+    blk.{i}.ffn_norm.weight      blocks.{i}.mlp_norm.weight
+    blk.{i}.ffn_norm.bias        blocks.{i}.mlp_norm.bias
+    blk.{i}.ffn_gate.weight      blocks.{i}.mlp.gate.weight
+    blk.{i}.ffn_up.weight        blocks.{i}.mlp.up.weight
+    blk.{i}.ffn_down.weight      blocks.{i}.mlp.down.weight
+    output_norm.weight           norm.weight
+    output_norm.bias             norm.bias
+    output.weight                head.weight
+    """
 )
 
 
@@ -100,6 +133,35 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def config_from_gguf(metadata: Config) -> dict[str, Any]:
+    """The Hugging Face config of a GGUF file's ``stablelm.*`` metadata; what a block has, its tensors say.
+
+    ``use_parallel_residual`` does not count: llama.cpp passes it over, and its converter writes True where the config
+    says nothing.
+    """
+    metadata.get("stablelm.use_parallel_residual")
+    tensors = metadata[TENSORS]
+    return {
+        **read_sizes(metadata, "stablelm"),
+        "layer_norm_eps": metadata["stablelm.attention.layer_norm_epsilon"],
+        **read_rotary(metadata, "stablelm", read_head_size(metadata, "stablelm"), partial=True),
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        "tie_word_embeddings": False,  # llama.cpp loads none without a head
+    }
+
+
+def gguf_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The ``stablelm.*`` metadata of a spec."""
+    return {
+        **write_sizes(spec, "stablelm"),
+        "stablelm.attention.layer_norm_epsilon": spec.norm_eps,
+        **write_rotary(spec, "stablelm"),
+        "stablelm.use_parallel_residual": spec.block == "parallel_shared_norm",
+    }
+
+
 STABLELM = Family(
     name="stablelm",
     model_type="stablelm",
@@ -107,4 +169,5 @@ STABLELM = Family(
     read_config=spec_from_config,
     write_config=config_from_spec,
     keys=HF_KEYS,
+    gguf=GGUFMap("stablelm", config_from_gguf, GGUF_KEYS, gguf_from_spec),
 )

@@ -55,6 +55,19 @@ class Rows:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
+class Stacked:
+    """Tensors of one shape along a new first dimension."""
+
+    def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
+        return list(stored.unbind())
+
+    def merge(self, ours: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+        return torch.stack(list(ours))
+
+    def stored_shape(self, shapes: Sequence[Shape], spec: ModelSpec) -> Shape:
+        return (len(shapes), *shapes[0])
+
+
 class Transposed(Rows):
     """As `Rows`, but each weight is stored (in, out), as GPT-2's Conv1D does. One linear or several; biases too."""
 
@@ -109,6 +122,7 @@ class RopePaired:
 TRANSFORMS: dict[str, Transform] = {
     "same": Same(),
     "rows": Rows(),
+    "stacked": Stacked(),
     "transposed": Transposed(),
     "head_interleaved": HeadInterleaved(),
     "rope_paired": RopePaired(),

@@ -37,6 +37,9 @@ _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _OTHER_COPY = re.compile(r"consolidated.*|.*\.(fp16|bf16|fp32|fp8|int8)(-\d+-of-\d+)?\.safetensors")
+_TORCH_FILE = "pytorch_model.bin"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_TORCH_SHARD = re.compile(r"pytorch_model-\d+-of-\d+\.bin")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
@@ -57,7 +60,7 @@ class _Repo:
 
 @resumes
 def fetch(address: str, destination: Path, options: FetchOptions) -> Fetched:
-    """Bring what is needed to run the model: safetensors, configs, the tokenizer and the licence.
+    """Bring what is needed to run the model: weights, configs, the tokenizer and the licence.
 
     Files that an interrupted fetch finished are not fetched again. ``HF_ENDPOINT``, ``HF_TOKEN`` and
     ``HF_HUB_OFFLINE`` are honoured. Raises as `zoo.sources.base.Fetch`.
@@ -90,30 +93,43 @@ def select_files(names: Iterable[str], repo: str) -> list[str]:
     """Those files of a repository that are needed, each weight once.
 
     Subdirectories (``original/``, ``onnx/``, ...) hold other copies of the same weights, and so do ``consolidated*``
-    and ``*.fp16.safetensors`` beside a complete set.
+    and ``*.fp16.safetensors`` beside a complete set. ``pytorch_model*.bin`` are taken where there are no safetensors.
 
     Raises:
-        SourceError: there are no safetensors; the message says what there is.
+        SourceError: there are neither; the message says what there is.
     """
     top = sorted(name for name in names if "/" not in name and "\\" not in name)
-    weights = [name for name in top if name.endswith(".safetensors")]
+    weights, index = _safetensors(top) or _torch_files(top)
     if not weights:
-        raise _no_safetensors(repo, top)
-    shards = [name for name in weights if _SHARD.fullmatch(name)]
-    index: list[str] = []
-    if _ONE_FILE in weights:
-        weights = [_ONE_FILE]
-    elif shards:
-        weights, index = shards, [name for name in top if name == _INDEX]
-    else:
-        weights = [name for name in weights if not _OTHER_COPY.fullmatch(name)] or weights
-        index = [name for name in top if name.endswith(".safetensors.index.json")]
+        raise _no_weights(repo, top)
     others = [
         name
         for name in top
         if any(fnmatchcase(name.lower(), pattern) for pattern in _NEEDED) and not name.endswith(".index.json")
     ]
     return sorted({*others, *index}) + weights
+
+
+def _safetensors(top: list[str]) -> tuple[list[str], list[str]] | None:
+    """One set of weights and its index, if there are any."""
+    weights = [name for name in top if name.endswith(".safetensors")]
+    if not weights:
+        return None
+    shards = [name for name in weights if _SHARD.fullmatch(name)]
+    if _ONE_FILE in weights:
+        return [_ONE_FILE], []
+    if shards:
+        return shards, [name for name in top if name == _INDEX]
+    weights = [name for name in weights if not _OTHER_COPY.fullmatch(name)] or weights
+    return weights, [name for name in top if name.endswith(".safetensors.index.json")]
+
+
+def _torch_files(top: list[str]) -> tuple[list[str], list[str]]:
+    """What ``torch.save`` wrote, and its index; shards are of no use without one."""
+    if _TORCH_FILE in top:
+        return [_TORCH_FILE], []
+    index = [name for name in top if name == _TORCH_INDEX]
+    return [name for name in top if index and _TORCH_SHARD.fullmatch(name)], index
 
 
 def _parse(address: str, options: FetchOptions) -> _Repo:
@@ -184,17 +200,17 @@ def _offline_by(options: FetchOptions) -> str | None:
     return None
 
 
-def _no_safetensors(repo: str, names: Iterable[str]) -> SourceError:
+def _no_weights(repo: str, names: Iterable[str]) -> SourceError:
     pickled = [name for name in names if name.endswith(_PICKLED) and not name.startswith(_NO_WEIGHTS)]
     gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
-        found = f"{repo!r} only has pickled weights ({_some(pickled)}), which zoo reads but does not download."
+        found = f"{repo!r} only has pickled weights of other names ({_some(pickled)})."
     elif gguf:
         found = f"{repo!r} only has GGUF files ({_some(gguf)})."
         return SourceError(found, fix="Download one of them and give its path.")
     else:
         found = f"{repo!r} has no weights at its top level."
-    return SourceError(found, fix="Use a repository or a revision that has *.safetensors.")
+    return SourceError(found, fix="Use a repository or a revision that has *.safetensors, or pytorch_model.bin.")
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from zoo.errors import FileFormatError, ZooError
 
 FILE_NAME = "zoo.yaml"
-_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 
 @dataclass(frozen=True)

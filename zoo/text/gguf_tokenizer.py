@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from zoo.errors import FileFormatError, InputError
+from zoo.errors import FileFormatError, InputError, MissingTokenizerError
 from zoo.text.sentencepiece import BYTE, CONTROL, UNKNOWN, USER_DEFINED, SentencePieceModel, build_backend
 from zoo.text.tokenizer import Tokenizer
 from zoo.text.tokenizer_files import set_ends
@@ -44,6 +44,8 @@ class _Splitting:
     patterns: tuple[str, ...] = ()
     digits: bool = False
     """Each digit is a piece of its own."""
+    punctuation: bool = False
+    """Runs of punctuation are pieces of their own, and so are runs of digits, cut after every third."""
     nfc: bool = False
     """Text is composed first. llama.cpp leaves this out; the models' own tokenizers do it."""
     ignore_merges: bool = False
@@ -68,6 +70,9 @@ _SPLITTINGS = {
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
     ),
     "qwen2": _Splitting(patterns=(_QWEN2_PATTERN,), nfc=True),
+    "stablelm2": _Splitting(patterns=(_QWEN2_PATTERN,)),
+    "dbrx": _Splitting(patterns=(_LLAMA3_PATTERN,)),
+    "falcon": _Splitting(punctuation=True),
     "tekken": _Splitting(patterns=(_TEKKEN_PATTERN,), ignore_merges=True, add_bos=True),
     "deepseek-coder": _Splitting(patterns=_DEEPSEEK_CODER_PATTERNS),
 }
@@ -92,7 +97,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
-        raise FileFormatError("it has no tokenizer: the metadata key 'tokenizer.ggml.model' is missing.")
+        raise MissingTokenizerError("it has no tokenizer: the metadata key 'tokenizer.ggml.model' is missing.")
     if kind == "gpt2":
         splitting = _splitting(metadata)
         add_bos, add_eos = splitting.add_bos, False
@@ -211,7 +216,10 @@ def _split_as(backend: tokenizers.Tokenizer, splitting: _Splitting) -> None:
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splitting.digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
+    steps += [pre_tokenizers.Punctuation("contiguous")] if splitting.punctuation else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.patterns))
+    if splitting.punctuation:
+        steps += [pre_tokenizers.Digits(), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from zoo.errors import FileFormatError, InputError
+from zoo.errors import InputError, MissingTokenizerError
 from zoo.text.chat import Message, render_chat, render_chat_with_replies
 from zoo.text.json_files import read_json_object
 from zoo.text.tokenizer_files import SPECIAL_TOKENS, content, convert_sentencepiece, read_backend
@@ -36,7 +36,8 @@ class Tokenizer:
         ``tokenizer_config.json`` count without one, as in ``transformers``.
 
         Raises:
-            FileFormatError: there is neither, or a file is damaged.
+            MissingTokenizerError: there is neither.
+            FileFormatError: a file is damaged.
             InputError: a sentencepiece model is of a kind that zoo does not rebuild.
         """
         config = {**_special_tokens_map(directory), **_read_if_there(directory / "tokenizer_config.json")}
@@ -45,7 +46,7 @@ class Tokenizer:
         elif (directory / "tokenizer.model").is_file():
             backend, config = convert_sentencepiece(directory / "tokenizer.model", config)
         else:
-            raise FileFormatError(
+            raise MissingTokenizerError(
                 f"{directory} has no tokenizer.json.", fix="Copy the tokenizer.json of the model it came from into it."
             )
         template = directory / "chat_template.jinja"
