@@ -267,7 +267,8 @@ def load(
         precision: a registered precision; ``auto`` takes the stored one where the device computes in it.
         attention: a registered backend; ``auto`` takes the first that can serve the model.
         device: ``auto`` (cuda, mps or cpu), or a torch device.
-        quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read.
+        quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read. By default the
+            one that the directory was written for, if any.
         compile: decode with a compiled model; the first token then takes about a minute.
         fetch: revision, token and offline mode for downloads.
         report: called with a line when something takes long.
@@ -281,6 +282,7 @@ def load(
     found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
     checkpoint = open_checkpoint(found.path, registry)
     target = choose_device(device)
+    quantize = quantize or checkpoint.quantizer
     quantizer = choose_quantizer(quantize, device=target.type, registry=registry) if quantize else None
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     is_quantized = checkpoint.quantized or quantizer is not None

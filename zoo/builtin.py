@@ -78,6 +78,7 @@ def zoo_register_quantizers(register: Registrar) -> None:
 @hookimpl
 def zoo_register_converters(register: Registrar) -> None:
     register("hf", "zoo.convert.hf:HuggingFace", help="Hugging Face model directory (safetensors, .bin, GPTQ, AWQ)")
+    register("quantized", "zoo.convert.quantized:QuantizedDirectory", help="zoo's own directories of int8 or int4")
     register("gguf", "zoo.convert.gguf:GGUF", matches=[".gguf"], help="llama.cpp's GGUF, dequantized")
     register("litgpt", "zoo.convert.litgpt:LitGPT", help="LitGPT's lit_model.pth with its model_config.yaml")
     register("nanogpt", "zoo.convert.nanogpt:NanoGPT", help="nanoGPT's ckpt.pt")

@@ -15,8 +15,8 @@ from zoo.convert.load import load_model, open_checkpoint
 from zoo.convert.load_quantized import load_quantized
 from zoo.errors import UnavailableError
 from zoo.precision.int4 import GROUP, Int4, Int4Linear
-from zoo.precision.int8 import Int8, Int8Embedding, Int8Linear
-from zoo.precision.quantization import QuantizedLinear, choose_quantizer
+from zoo.precision.int8 import Int8, Int8Linear
+from zoo.precision.quantization import QuantizedEmbedding, QuantizedLinear, choose_quantizer
 from zoo.registry import Registry
 
 TYPES: list[type[QuantizedLinear]] = [Int8Linear, Int4Linear]
@@ -95,7 +95,7 @@ def test_a_tied_model_holds_its_embedding_once(tmp_path: Path, registry: Registr
     """Guards memory: head and embedding share their integers."""
     reference.save_tiny(tmp_path, *reference.VARIANTS["llama-tied"])
     model = load_quantized(open_checkpoint(tmp_path, registry), SDPA(), Int8(), dtype=torch.bfloat16)
-    assert isinstance(model.embed, Int8Embedding)
+    assert isinstance(model.embed, QuantizedEmbedding)
     sizes = [t.nbytes for t in (*model.parameters(), *model.buffers())]
     assert sum(sizes) < 1.4 * sum(p.numel() for p in load_model_parameters(tmp_path, registry))
 

@@ -24,15 +24,22 @@ DTYPES |= {"q8_0": "q8_0"}
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--from", "format_name", metavar="FORMAT", help="Read SRC as this format. See: zoo list converters.")
 @click.option(
-    "--to", "target", metavar="FORMAT", help="Write this format. [default: gguf if DST ends in .gguf, else hf]"
+    "--to",
+    "target",
+    metavar="FORMAT",
+    help="Write this format. [default: gguf if DST ends in .gguf, quantized with --quantize, else hf]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
     help="Dtype to write; q8_0 in GGUF only. [default: each tensor keeps its own]",
 )
+@click.option("--quantize", metavar="NAME", help="Write int8 or int4 weights; see: zoo list quantizers.")
 @click.option(
-    "--verify", "check", is_flag=True, help="Compare DST with SRC: every parameter, and logits by another tool."
+    "--verify",
+    "check",
+    is_flag=True,
+    help="Compare DST with SRC: every parameter, and logits by another tool.",
 )
 @click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]")
 @json_option
@@ -44,6 +51,7 @@ def command(
     format_name: str | None,
     target: str | None,
     dtype: str | None,
+    quantize: str | None,
     check: bool,
     offline: bool,
     as_json: bool,
@@ -59,13 +67,17 @@ def command(
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
 
+    quantizer = app.registry.load("quantizer", quantize)() if quantize else None
+    target = target or ("quantized" if quantizer else None)
     name, writer = choose_writer(target, destination, app.registry)
     found = resolve_model(
         source, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note
     )
     checkpoint = open_checkpoint(found.path, app.registry, format_name=format_name)
     with click.progressbar(length=1, label="converting", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        options = WriteOptions(_dtype(dtype), license=_license(app, checkpoint), progress=bar.update)
+        options = WriteOptions(
+            _dtype(dtype), quantizer=quantizer, license=_license(app, checkpoint), progress=bar.update
+        )
         writing = writer.write(checkpoint, options)
         bar.length = writing.n_bytes
         exported = commit(writing, destination)

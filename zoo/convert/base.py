@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from zoo.convert.safetensors import TensorSlot
-from zoo.errors import FileFormatError, ZooError
+from zoo.errors import FileFormatError, InputError, ZooError
 from zoo.families.base import Family, KeyMap, Rule
+from zoo.precision.quantization import QuantizedLinear, Quantizer, StoredWeight
 from zoo.registry import Registry
 from zoo.spec import ModelSpec
 from zoo.text.tokenizer import Tokenizer
@@ -59,6 +60,10 @@ class Checkpoint:
     """Content of generation_config.json: ``eos_token_id`` and sampling defaults."""
     quantized: bool = False
     """Whether the stored tensors were dequantized to be read."""
+    quantizer: str | None = None
+    """The quantizer whose layers the directory was written for."""
+    integers: Callable[[str], StoredWeight | None] = lambda stored: None
+    """A stored tensor as the integers it consists of, where a type of quantized layer holds just these."""
     companions: tuple[Path, ...] = ()
     """Files to carry along as they are: tokenizer, chat template, generation config, licence."""
 
@@ -113,10 +118,25 @@ class WriteOptions:
     its own (float32 if it was quantized)."""
     max_shard_bytes: int = 5_000_000_000
     """Weights are cut into files of about this size, where the format has several."""
+    quantizer: Quantizer | None = None
+    """Whose layers the weights are written for, in the format of such directories."""
     license: str | None = None
     """What the registry says about the weights' licence."""
     progress: Callable[[int], None] = lambda n_bytes: None
     """Called with the bytes of each tensor as it is written."""
+
+
+def refuse_quantizer(options: WriteOptions, format_name: str) -> None:
+    """For a format of which a quantizer's layers are no part.
+
+    Raises:
+        InputError: a quantizer is given.
+    """
+    if options.quantizer is not None:
+        raise InputError(
+            f"the format {format_name} holds no weights of the quantizer {options.quantizer.name!r}.",
+            fix="Leave --to out, or --quantize.",
+        )
 
 
 @dataclass(frozen=True)
@@ -241,5 +261,14 @@ class ParameterReader:
         """A parameter; a head that is tied is the embedding."""
         stored, rule = self._located[name]
         if self._held[0] != stored:
+            self._held = ("", [])  # or two would be in memory at once
             self._held = (stored, rule.split(self._checkpoint.tensors.get(stored)))
         return self._held[1][rule.ours.index(name) if name in rule.ours else 0]
+
+    def quantized(self, name: str, kind: type[QuantizedLinear], dtype: torch.dtype) -> StoredWeight:
+        """A weight for a layer of ``kind`` with inputs of ``dtype``: the stored integers, if they fit, or new ones."""
+        stored, rule = self._located[name]
+        held = self._checkpoint.integers(stored) if rule.transform.moves_rows else None
+        if held is None or held.kind is not kind:
+            return kind.store(self.get(name), dtype)
+        return held.mapped(rule.split_rows)[rule.ours.index(name)].in_dtype(dtype)

@@ -14,6 +14,7 @@ import torch
 from zoo.convert.base import Checkpoint, WriteOptions, Writer, Writing
 from zoo.convert.hf import HuggingFace
 from zoo.errors import InputError, UnavailableError, ZooError
+from zoo.precision.quantization import Quantizer
 from zoo.registry import Registry
 
 MAX_SHARD_BYTES = WriteOptions.max_shard_bytes
@@ -34,6 +35,7 @@ def export_model(
     *,
     writer: Writer | None = None,
     dtype: torch.dtype | str | None = None,
+    quantizer: Quantizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> Exported:
@@ -42,6 +44,7 @@ def export_model(
     Args:
         writer: the format; by default a Hugging Face directory.
         dtype: of the written weights; by default each tensor keeps its own (float32 if it was quantized).
+        quantizer: whose layers the weights are written for, in a format of such directories.
         progress: called with the bytes of each tensor as it is written.
 
     Raises:
@@ -49,7 +52,7 @@ def export_model(
         FileFormatError: the source is damaged.
         ZooError: the disk is full.
     """
-    options = WriteOptions(dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    options = WriteOptions(dtype=dtype, quantizer=quantizer, max_shard_bytes=max_shard_bytes, progress=progress)
     return commit((writer or HuggingFace()).write(checkpoint, options), destination)
 
 

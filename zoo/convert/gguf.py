@@ -70,6 +70,7 @@ class GGUF:
             load_tokenizer=load_tokenizer,
             generation=generation,
             quantized=tensors.quantized,
+            integers=tensors.integers,
         )
 
     def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Writing:

@@ -22,6 +22,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from zoo.errors import FileFormatError
+from zoo.precision.int4 import Int4Linear
+from zoo.precision.quantization import StoredWeight
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -34,6 +36,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_INT4 = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -120,6 +123,21 @@ class GGUFTensors:
             piece = raw[start // block * block_bytes : (start + _CHUNK) // block * block_bytes]
             flat[start : start + _CHUNK] = torch.from_numpy(dequantize(piece, stored.kind))
         return flat.view(stored.shape)
+
+    def integers(self, name: str) -> StoredWeight | None:
+        """The tensor as it is stored, if an int4 layer can hold its values exactly: a matrix in Q4_0 or Q4_1."""
+        stored = self._find(name)
+        if stored.kind not in _INT4 or len(stored.shape) != 2:
+            return None
+        block, block_bytes = GGML_QUANT_SIZES[stored.kind]
+        raw = np.frombuffer(self._data, np.uint8, stored.n_bytes, stored.start)
+        blocks = torch.from_numpy(raw).view(stored.shape[0], stored.shape[1] // block, block_bytes)
+        nibbles = blocks[..., -block // 2 :]
+        numbers = blocks[..., : -block // 2].contiguous().view(torch.float16).float()
+        scale = numbers[..., 0]
+        # value = scale * (integer - 8) in Q4_0, scale * integer + minimum in Q4_1 (ggml-quants.c)
+        zero = torch.zeros_like(scale) if stored.kind == GGMLQuantizationType.Q4_0 else numbers[..., 1] + 8 * scale
+        return StoredWeight(Int4Linear, {"nibbles": nibbles.flatten(1), "scale": scale, "zero": zero})
 
     def _find(self, name: str) -> _Stored:
         if name not in self._stored:

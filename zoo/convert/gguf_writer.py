@@ -14,7 +14,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
-from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots
+from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots, refuse_quantizer
 from zoo.convert.gguf_config import metadata_from_generation, metadata_from_spec, norm_offsets
 from zoo.convert.gguf_vocabulary import metadata_from_tokenizer
 from zoo.convert.safetensors import TensorSlot
@@ -57,6 +57,7 @@ class _Slot:
 
 def write_gguf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     """Prepare a GGUF file with the model, its tokenizer and its chat template. Raises as `Writer.write`."""
+    refuse_quantizer(options, "gguf")
     metadata = metadata_from_spec(checkpoint.spec, checkpoint.family)
     factors = {name: metadata.pop(name) for name in ROPE_TENSORS if name in metadata}
     assert checkpoint.family.gguf is not None

@@ -19,6 +19,8 @@ from zoo.text.json_files import read_json_object
 from zoo.text.tokenizer import Tokenizer
 
 TORCH_INDEX = "pytorch_model.bin.index.json"
+QUANTIZED_WEIGHTS = "quantized.safetensors"
+"""The weights of a directory that is `zoo.convert.quantized`'s."""
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,8 +41,9 @@ class HuggingFace:
     """The converter of model directories in the Hugging Face layout."""
 
     def reads(self, path: Path) -> bool:
-        """A directory with a config.json, unless it lies beside weights of minGPT or LitGPT."""
-        return (path / "config.json").is_file() and not looks_like_mingpt(path) and not looks_like_litgpt(path)
+        """A directory with a config.json, unless it lies beside weights of minGPT, LitGPT or our integers."""
+        others = (path / QUANTIZED_WEIGHTS).is_file(), looks_like_mingpt(path), looks_like_litgpt(path)
+        return (path / "config.json").is_file() and not any(others)
 
     def open(self, path: Path, registry: Registry) -> Checkpoint:
         """Open the directory. Nothing but headers is read; weights that GPTQ or AWQ packed are unpacked when asked for.
@@ -51,31 +54,45 @@ class HuggingFace:
         """
         config = read_json_object(path / "config.json")
         quantization = _quantization(config, path)
-        family = family_of(config, path, registry)
-        try:
-            spec = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
-        except InputError as error:
-            raise InputError(f"{path / 'config.json'}: {error.message}", fix=error.fix) from None
-        generation = path / "generation_config.json"
+        about = describe(path, config, registry)
         tensors = _open_weights(path)
         if quantization is not None:
-            tensors = DequantizedTensors(tensors, read_scheme(quantization, path), family.keys, spec, path)
+            keys, spec = about["family"].keys, about["spec"]
+            tensors = DequantizedTensors(tensors, read_scheme(quantization, path), keys, spec, path)
         return Checkpoint(
-            path=path,
-            family=family,
-            spec=spec,
-            keys=family.keys,
+            **about,
+            keys=about["family"].keys,
             tensors=tensors,
-            config=config,
-            load_tokenizer=lambda: Tokenizer.from_directory(path),
-            generation=read_json_object(generation) if generation.is_file() else {},
             quantized=isinstance(tensors, DequantizedTensors) and tensors.quantized,
-            companions=tuple(path / name for name in COMPANIONS if (path / name).is_file()),
         )
 
     def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Writing:
         """Prepare a directory that ``transformers`` loads. Raises as `Writer.write`."""
         return write_hf(checkpoint, options)
+
+
+def describe(path: Path, config: dict[str, Any], registry: Registry) -> dict[str, Any]:
+    """What a `Checkpoint` of a directory says besides its weights.
+
+    Raises:
+        InputError: no registered family reads the model type, or the config has a key that none understands.
+        FileFormatError: a file is damaged.
+    """
+    family = family_of(config, path, registry)
+    try:
+        spec = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
+    except InputError as error:
+        raise InputError(f"{path / 'config.json'}: {error.message}", fix=error.fix) from None
+    generation = path / "generation_config.json"
+    return {
+        "path": path,
+        "family": family,
+        "spec": spec,
+        "config": config,
+        "load_tokenizer": lambda: Tokenizer.from_directory(path),
+        "generation": read_json_object(generation) if generation.is_file() else {},
+        "companions": tuple(path / name for name in COMPANIONS if (path / name).is_file()),
+    }
 
 
 def family_of(config: dict[str, Any], path: Path, registry: Registry) -> Family:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots, what_is_lost
+from zoo.convert.base import Checkpoint, WriteOptions, Writing, cast, parameter_slots, refuse_quantizer, what_is_lost
 from zoo.convert.safetensors import TensorSlot, write_safetensors
 from zoo.errors import InputError, MissingTokenizerError
 from zoo.sources.provenance import Provenance, read_provenance, write_provenance
@@ -25,20 +25,20 @@ def write_hf(checkpoint: Checkpoint, options: WriteOptions) -> Writing:
     """Prepare a Hugging Face directory: config, weights, tokenizer and ``zoo.yaml``. Raises as `Writer.write`."""
     dtype = plain_dtype(options, "hf")
     slots = parameter_slots(checkpoint, checkpoint.family.keys.rules(checkpoint.spec), dtype, options.progress)
-    config = _config(checkpoint, slots[0].dtype)
+    config = hf_config(checkpoint, slots[0].dtype)
     tokenizer = tokenizer_to_save(checkpoint)
 
     def to(directory: Path) -> None:
         directory.mkdir()
         digests = _write_weights(directory, slots, options.max_shard_bytes)
         # Nulls too: where transformers has a number by default, a key that is missing is not the same.
-        _write_json(directory / "config.json", config)
+        write_json(directory / "config.json", config)
         write_companions(directory, checkpoint, tokenizer, digests)
 
     return Writing(len(slots), sum(slot.n_bytes for slot in slots), to, rounding(dtype))
 
 
-def _config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json.
 
     Raises:
@@ -63,6 +63,7 @@ def plain_dtype(options: WriteOptions, format_name: str) -> torch.dtype | None:
     Raises:
         InputError: it is one.
     """
+    refuse_quantizer(options, format_name)
     if isinstance(options.dtype, str):
         raise InputError(f"the format {format_name} holds no {options.dtype} weights.", fix="Take fp32, bf16 or fp16.")
     return options.dtype
@@ -98,7 +99,7 @@ def write_companions(
     for path in checkpoint.companions:
         shutil.copyfile(path, directory / path.name)
     if checkpoint.generation and not (directory / "generation_config.json").exists():
-        _write_json(directory / "generation_config.json", checkpoint.generation)
+        write_json(directory / "generation_config.json", checkpoint.generation)
     if tokenizer is not None:
         tokenizer.save(directory)
     known = read_provenance(checkpoint.directory)
@@ -121,7 +122,7 @@ def _write_weights(directory: Path, slots: list[TensorSlot], max_shard_bytes: in
         digests[name] = write_safetensors(directory / name, shard)
         weight_map.update({slot.name: name for slot in shard})
     index = {"metadata": {"total_size": sum(slot.n_bytes for slot in slots)}, "weight_map": weight_map}
-    _write_json(directory / INDEX, index)
+    write_json(directory / INDEX, index)
     return digests
 
 
@@ -137,5 +138,6 @@ def _shards(slots: list[TensorSlot], max_shard_bytes: int) -> list[list[TensorSl
     return shards
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Indented, as people write config.json."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Loads a checkpoint with quantized linears: each weight is quantized as it is read; no float model is ever there."""
+"""Loads a checkpoint with quantized linears, one weight at a time: no float model is ever there."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from zoo.convert.base import Checkpoint
+from zoo.convert.base import Checkpoint, ParameterReader
 from zoo.models.attention import Attend
 from zoo.models.gpt import GPT
-from zoo.precision.int8 import Int8Embedding, Int8Linear
-from zoo.precision.quantization import Quantizer
+from zoo.plan.parameters import parameter_shapes
+from zoo.precision.quantization import QuantizedEmbedding, QuantizedLinear, Quantizer, quantized_weights
 
 
 def load_quantized(
@@ -22,6 +22,8 @@ def load_quantized(
 ) -> GPT:
     """The decoder with the checkpoint's weights, its linears as the quantizer wants them, in evaluation mode.
 
+    Weights that are stored as the integers of such a linear are taken as they are; others are quantized.
+
     Args:
         dtype: of everything that is not quantized, and of the activations.
 
@@ -30,38 +32,26 @@ def load_quantized(
     """
     with torch.device("meta"):
         model = GPT(checkpoint.spec, attend)
-    for name, tensor in checkpoint.parameters():
+    kinds, reader = quantized_weights(checkpoint.spec, quantizer), ParameterReader(checkpoint)
+    for name in parameter_shapes(checkpoint.spec):
         module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if name == "embed.weight" and checkpoint.spec.tie_embeddings:
-            _tie(model, tensor, quantizer, dtype, device)
-        elif leaf == "weight" and isinstance(module, nn.Linear):
-            set_linear(model, module_name, tensor, quantizer, dtype, device)
+        if (kind := kinds.get(name)) is not None:
+            layer = kind.from_stored(reader.quantized(name, kind, dtype).tensors, dtype).to(device)
+            _put(model, module_name, layer)
         else:
-            setattr(module, leaf, nn.Parameter(tensor.to(dtype=dtype, device=device), requires_grad=False))
+            tensor = reader.get(name).to(dtype=dtype, device=device)
+            setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+    if "embed.weight" not in kinds:
+        model.tie()
     return model.eval()
 
 
-def set_linear(
-    model: GPT, name: str, weight: Tensor, quantizer: Quantizer, dtype: torch.dtype, device: torch.device | str
-) -> None:
-    """Put a weight into the linear called ``name``, which becomes a quantized one if the quantizer takes its role."""
-    old = model.get_submodule(name)
-    role = name.rpartition("blocks.")[2].partition(".")[2] or name
-    kind = quantizer.linear_type(role, weight.shape[1], weight.shape[0])
-    if kind is None:
-        old.weight = nn.Parameter(weight.to(dtype=dtype, device=device), requires_grad=False)
-        return
-    quantized = kind.from_float(weight, dtype).to(device)
+def _put(model: GPT, name: str, layer: QuantizedLinear) -> None:
+    """A layer in the place of the linear of that name; an embedding that is tied shares the head's integers."""
+    place = "head" if name == "embed" else name
+    old = model.get_submodule(place)
     assert isinstance(old, nn.Linear)
-    quantized.bias = old.bias  # its values come, or have come, under their own name
-    model.set_submodule(name, quantized)
-
-
-def _tie(model: GPT, weight: Tensor, quantizer: Quantizer, dtype: torch.dtype, device: torch.device | str) -> None:
-    """A tied embedding and head share the head's integers."""
-    set_linear(model, "head", weight, quantizer, dtype, device)
-    if isinstance(model.head, Int8Linear):
-        model.set_submodule("embed", Int8Embedding(model.head, model.spec.embed_scale))
-    else:
-        model.embed.weight = model.head.weight
+    layer.bias = old.bias  # its values come, or have come, under their own name
+    model.set_submodule(place, layer)
+    if name == "embed":
+        model.set_submodule("embed", QuantizedEmbedding(layer, model.spec.embed_scale))

@@ -8,15 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zoo.attention.eager import Eager
 from zoo.convert.base import Checkpoint, ParameterReader, Writing
 from zoo.convert.load import load_model, open_checkpoint
 from zoo.convert.references import REFERENCES
 from zoo.errors import InputError, ZooError
+from zoo.models.cache import KVCache
+from zoo.models.gpt import GPT
 from zoo.registry import Registry
 
 _LENGTHS = (1, 8, 24)
+_ROWS, _TOKENS = 16, 32
+"""Of the text that a model writes to have its quantized self compared on."""
 _ALLOWED = 1e-4
 """Of zoo against itself, as a part of the greatest logit."""
 
@@ -30,8 +35,15 @@ class Verified:
     difference: float
     """Greatest, between two logits."""
     allowed: float
+    divergence: float | None = None
+    """Of quantized weights: mean KL divergence from the unquantized model, in nats per token."""
 
     def __str__(self) -> str:
+        if self.divergence is not None:
+            return (
+                f"{self.n_parameters} parameters read back; KL divergence from the unquantized model "
+                f"{self.divergence:.4f} nats per token, on {_ROWS * _TOKENS} tokens of its own text"
+            )
         return (
             f"{self.n_parameters} parameters read back bit for bit; logits within {self.difference:.1e} of "
             f"{self.reference} (allowed: {self.allowed:.1e})"
@@ -64,6 +76,8 @@ def verify(
         n_parameters = _compare_parameters(checkpoint, again, writing.rounded)
     except InputError as error:
         raise ZooError(f"what was written can not be read back: {error.message}", fix=error.fix) from None
+    if again.quantizer is not None:
+        return Verified(n_parameters, "the unquantized model", 0.0, 0.0, _divergence(checkpoint, again))
     sequences = _sequences(checkpoint)
     ours = _logits(checkpoint, sequences, writing.rounded)
     reference = REFERENCES.get(format_name)
@@ -124,3 +138,31 @@ def _logits(
         setattr(model.get_submodule(owner), last, nn.Parameter(rounded(name, parameter.data).float()))
     model.tie()
     return torch.cat([model(torch.tensor([list(ids)]))[0] for ids in sequences])
+
+
+@torch.no_grad()
+def _divergence(checkpoint: Checkpoint, quantized: Checkpoint) -> float:
+    """KL(p || q) in nats per token, p of the checkpoint, on text drawn from p: so that no text has to be chosen."""
+    model = load_model(checkpoint, Eager(), dtype=torch.float32)
+    ids_BT, logits_BTV = _own_text(model)
+    del model
+    others_BTV = load_model(quantized, Eager(), dtype=torch.float32)(ids_BT)
+    return F.kl_div(
+        others_BTV.log_softmax(-1).flatten(0, 1),
+        logits_BTV.log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    ).item()
+
+
+def _own_text(model: GPT) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) that a model draws after a random one, the same each time, and its logits (B, T, V)."""
+    random, spec = torch.Generator().manual_seed(0), model.spec
+    n_tokens = min(_TOKENS, spec.max_seq_len)
+    cache = KVCache(spec, capacity=n_tokens, batch=_ROWS, dtype=torch.float32, device="cpu")
+    ids = [torch.randint(spec.vocab_size, (_ROWS, 1), generator=random)]
+    logits = []
+    for _ in range(n_tokens):
+        logits.append(model(ids[-1], cache=cache))
+        ids.append(torch.multinomial(logits[-1][:, 0].softmax(-1), 1, generator=random))
+    return torch.cat(ids[:-1], dim=1), torch.cat(logits, dim=1)

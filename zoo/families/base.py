@@ -41,6 +41,11 @@ class Rule:
         """Our tensors, in the order of ``ours``."""
         return self.transform.split(stored, self.shapes, self.spec)
 
+    def split_rows(self, stored: Tensor) -> list[Tensor]:
+        """As `split`, for a tensor that has a row for each row of the stored one (`Transform.moves_rows`)."""
+        shapes = [(shape[0], *stored.shape[1:]) for shape in self.shapes]
+        return self.transform.split(stored, shapes, self.spec)
+
     def merge(self, ours: Sequence[Tensor]) -> Tensor:
         """The stored tensor, contiguous."""
         return self.transform.merge(ours, self.spec).contiguous()

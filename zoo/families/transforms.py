@@ -19,6 +19,9 @@ Shape = tuple[int, ...]
 class Transform(Protocol):
     """A stored tensor <-> our tensors, whose shapes are given."""
 
+    moves_rows: bool
+    """Whether rows stay whole: tensors that have a row for each row of a weight (scales) can be split alike."""
+
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         """Ours from the stored one; views where possible."""
 
@@ -31,6 +34,8 @@ class Transform(Protocol):
 
 class Same:
     """Stored as it is."""
+
+    moves_rows = True
 
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         return [stored]
@@ -45,6 +50,8 @@ class Same:
 class Rows:
     """Several linears stacked along the output dimension: rows of q, then of k, then of v."""
 
+    moves_rows = True
+
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         return list(stored.split([shape[0] for shape in shapes]))
 
@@ -58,6 +65,8 @@ class Rows:
 class Stacked:
     """Tensors of one shape along a new first dimension."""
 
+    moves_rows = False
+
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         return list(stored.unbind())
 
@@ -70,6 +79,8 @@ class Stacked:
 
 class Transposed(Rows):
     """As `Rows`, but each weight is stored (in, out), as GPT-2's Conv1D does. One linear or several; biases too."""
+
+    moves_rows = False
 
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         return super().split(stored.t(), shapes, spec)
@@ -86,6 +97,8 @@ class HeadInterleaved:
 
     With as many kv heads as heads that is q, k, v of each head (GPT-NeoX), with one it is all of q, then k, then v.
     """
+
+    moves_rows = True
 
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         by_kv_head = stored.view(spec.n_kv_heads, -1, spec.d_head, *stored.shape[1:])
@@ -106,6 +119,8 @@ class RopePaired:
     Hugging Face keeps the two halves of a pair H/2 rows apart; row 2i of a stored head is row i of ours and row
     2i + 1 is row H/2 + i (llama.cpp, ``LlamaModel.permute`` in convert_hf_to_gguf.py).
     """
+
+    moves_rows = True
 
     def split(self, stored: Tensor, shapes: Sequence[Shape], spec: ModelSpec) -> list[Tensor]:
         paired = stored.view(-1, spec.d_head // 2, 2, *stored.shape[1:])

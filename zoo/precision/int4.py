@@ -1,48 +1,64 @@
-"""int4 weights in groups of 32 along the input, each group with a scale and a minimum, as in GGUF's Q4_1.
+"""int4 weights in groups of 32 along the input, each group with a scale and a zero, as GGUF's Q4_1 has them.
 
 Shape letters: D_out, D_in of a linear's weight, G = D_in / 32 groups of a row, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from zoo.precision.int8 import Int8Linear
-from zoo.precision.quantization import QuantizedLinear
+from zoo.precision.quantization import Layout, QuantizedLinear
 
 GROUP = 32
 
 
 class Int4Linear(QuantizedLinear):
-    """weight = scale * integers + minimum, integers within 0..15.
+    """weight = scale * (integers - 8) + zero, integers within 0..15.
+
+    Stored are ``nibbles`` (D_out, D_in / 2), in which byte i of a group holds the integers i (low) and i + 16 (high)
+    as in GGUF's blocks, ``scale`` and ``zero``.
 
     Args:
         integers: (D_out, D_in) uint8.
-        scale, minimum: (D_out, G), rounded to ``dtype``.
+        scale, zero: (D_out, G), rounded to ``dtype``.
     """
 
     kernel_tokens = 1 << 62  # unpacking its layout costs as much as a product of hundreds of tokens
     packed: Tensor
     scale_and_zero: Tensor
 
-    def __init__(self, integers: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, integers: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> None:
         super().__init__(integers.shape[1], integers.shape[0])
-        # The kernel computes scale * (integers - 8) + zero, and wants (G, D_out, 2).
-        zero = minimum.float() + 8 * scale.float()
-        both = torch.stack((scale.float(), zero), dim=-1).transpose(0, 1).to(dtype).contiguous()
+        both = torch.stack((scale, zero), dim=-1).transpose(0, 1).to(dtype).contiguous()  # as the kernel wants them
         self.register_buffer("scale_and_zero", both)
         self._has_kernel = dtype == torch.bfloat16 and self.out_features % 16 == 0
         self.register_buffer("packed", _pack(integers) if self._has_kernel else integers)
 
-    @classmethod
-    def from_float(cls, weight: Tensor, dtype: torch.dtype) -> Int4Linear:
+    @staticmethod
+    def layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        d_out, d_in = shape
+        groups = ((d_out, d_in // GROUP), dtype)
+        return {"nibbles": ((d_out, d_in // 2), torch.uint8), "scale": groups, "zero": groups}
+
+    @staticmethod
+    def quantize(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Spread each group's range evenly over 16 levels."""
-        groups = weight.float().unflatten(1, (-1, GROUP))
+        groups = weight.unflatten(1, (-1, GROUP))
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
-        integers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.uint8)
-        return cls(integers.flatten(1), scale, low, dtype)
+        integers = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+        return {"nibbles": _nibbles(integers), "scale": scale.to(dtype), "zero": (low + 8 * scale).to(dtype)}
+
+    @classmethod
+    def from_stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
+        halves = tensors["nibbles"].unflatten(1, (-1, GROUP // 2))
+        integers = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
+        return cls(integers, tensors["scale"], tensors["zero"], dtype)
 
     def integers(self) -> Tensor:
         """The integers, (D_out, D_in) uint8 within 0..15. The kernel reads its own layout, which CPUs differ in."""
@@ -79,6 +95,12 @@ class Int4:
     def linear_type(self, role: str, d_in: int, d_out: int) -> type[QuantizedLinear] | None:
         """int8 for the head: its error reaches the logits as it is."""
         return Int8Linear if role == "head" or d_in % GROUP else Int4Linear
+
+
+def _nibbles(groups: Tensor) -> Tensor:
+    """Two integers a byte, from (D_out, G, 32)."""
+    low, high = groups.chunk(2, dim=-1)
+    return (low | (high << 4)).flatten(1)
 
 
 def _pack(integers: Tensor) -> Tensor:
