@@ -28,7 +28,7 @@ from zoo.models.gpt import GPT
 from zoo.models.init import init_weights
 from zoo.plugins import load_zoo
 from zoo.precision.base import choose_precision
-from zoo.precision.quantization import choose_quantizer
+from zoo.precision.quantization import Quantizer, choose_quantizer
 from zoo.registry import Registry
 from zoo.sources.base import FetchOptions
 from zoo.sources.resolve import resolve_model
@@ -278,12 +278,9 @@ def load(
         UnavailableError: a choice can not be used on this machine.
     """
     registry = registry or default_registry()
-    options = fetch or FetchOptions()
-    found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
-    checkpoint = open_checkpoint(found.path, registry)
+    checkpoint = _open(model, fetch or FetchOptions(), registry, report)
     target = choose_device(device)
-    quantize = quantize or checkpoint.quantizer
-    quantizer = choose_quantizer(quantize, device=target.type, registry=registry) if quantize else None
+    quantizer = _choose_quantizer(quantize, checkpoint, target, registry)
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     is_quantized = checkpoint.quantized or quantizer is not None
     chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry)
@@ -309,6 +306,23 @@ def load(
         quantizer.name if quantizer else None,
         step,
     )
+
+
+def _open(model: str | Path, options: FetchOptions, registry: Registry, report: Callable[[str], None]) -> Checkpoint:
+    found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
+    return open_checkpoint(found.path, registry)
+
+
+def _choose_quantizer(
+    name: str | None, checkpoint: Checkpoint, device: torch.device, registry: Registry
+) -> Quantizer | None:
+    """The named one, or the one that the files were written for."""
+    if name is not None:
+        return choose_quantizer(name, device=device.type, registry=registry)
+    if checkpoint.quantizer is None:
+        return None
+    fix = f"Take --device cpu, or dequantize it: zoo convert {checkpoint.path} NEW --to hf."
+    return choose_quantizer(checkpoint.quantizer, device=device.type, registry=registry, fix=fix)
 
 
 def build(

@@ -36,8 +36,6 @@ class CachedTokens:
             if ours != theirs:
                 break
             shared += 1
-        if self._step is not None:
-            capacity = self._step.capacity(capacity)
         if self._cache is None:
             dtype = self.model.dtype
             self._cache = KVCache(self.model.spec, capacity=capacity, dtype=dtype, device=self.device)
@@ -56,7 +54,7 @@ class CachedTokens:
             ids = [*self._ids, *ids]
             self.truncate(0)
         tokens_BT = torch.tensor([ids], device=self.device)
-        if self._step is not None and len(ids) == 1:
+        if self._step is not None and len(ids) == 1 and self._cache.length > 0:
             logits_TV = self._step(tokens_BT, self._cache)[0]
         else:
             logits_TV = self.model(tokens_BT, cache=self._cache, last_only=last_only)[0]

@@ -1,4 +1,4 @@
-"""Compiled decoding: one graph for one token, weights frozen into it, a cache of fixed length."""
+"""Compiled decoding: one graph for one token, with a cache of fixed length."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.errors import UnavailableError
+from zoo.generate.one_token import one_token_model
 from zoo.models.cache import KVCache
 from zoo.models.gpt import GPT
 from zoo.models.static_cache import StaticKVCache
 
-SMALLEST_CONTEXT = 256
-_OPTIONS: dict[str, Any] = {"freezing": True, "max_autotune": True}
+CONTEXT_STEP = 256
+"""Contexts of a multiple of so many tokens are compiled for: longer ones would be read in vain at each token."""
+_ON_CPU: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+_ELSEWHERE: dict[str, Any] = {"max_autotune": True}
 
 
 class CompiledDecoding:
-    """Runs single tokens through a compiled model; compiles at the first one, and again when the context doubles.
+    """Runs single tokens through a compiled model; compiles at the first one, for contexts of any length.
 
     Args:
         report: told when a compilation begins, which takes about a minute the first time and is cached on disk.
@@ -33,28 +37,37 @@ class CompiledDecoding:
     def __init__(self, model: GPT, *, report: Callable[[str], None] = lambda line: None) -> None:
         require_compiler()
         keep_on_disk()
-        self._model = model.requires_grad_(False)
+        on_cpu = model.device.type == "cpu"
+        self._model = one_token_model(model) if on_cpu else model.requires_grad_(False)
+        # Nothing that a guard looks at can change; looking would cost a millisecond per token.
+        self._options = dict(_ON_CPU if on_cpu else _ELSEWHERE, guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
         self._report = report
-        self._compiled_for: set[int] = set()
-        self._step = torch.compile(self._forward, dynamic=False, fullgraph=True, options=_OPTIONS)
-
-    def capacity(self, n_tokens: int) -> int:
-        """Length of the cache to allocate for ``n_tokens``: few lengths mean few compilations."""
-        return max(SMALLEST_CONTEXT, 1 << (n_tokens - 1).bit_length())
+        self._step: Callable[..., Tensor] | None = None
 
     def __call__(self, tokens_BT: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, 1, V) of one token per row after what the cache holds; the cache grows by it."""
-        if cache.capacity not in self._compiled_for:
-            self._compiled_for.add(cache.capacity)
-            self._report(f"compiling for {cache.capacity} tokens of context; the first time takes a minute")
+        """Logits (1, 1, V) of a token (1, 1) after those that the cache holds, at least one; the cache grows by it."""
+        assert cache.length > 0  # a length of one would be compiled for as such
+        n_keys = cache.length + 1
+        keys, values = ([held[:, :n_keys] for held in tensors] for tensors in cache.tensors)
         position_T = torch.tensor([cache.length], device=tokens_BT.device)
-        logits: Tensor = self._step(tokens_BT, position_T, *cache.tensors)
+        if self._step is None:
+            self._report("compiling; the first time takes a minute")
+            self._step = torch.compile(_fresh(_step), fullgraph=True, options=self._options)
+            for tensor in (*keys, *values):
+                torch._dynamo.mark_dynamic(tensor, 1)
+        logits: Tensor = self._step(self._model, tokens_BT, position_T, keys, values)
         cache.advance(1)
         return logits
 
-    def _forward(self, tokens_BT: Tensor, position_T: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        cache = StaticKVCache(keys, values, position_T)
-        return self._model(tokens_BT, positions_BT=position_T[None], mask=cache.mask, cache=cache, last_only=True)
+
+def _step(model: GPT, tokens_BT: Tensor, position_T: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    cache = StaticKVCache(keys, values, position_T)
+    return model(tokens_BT, positions_BT=position_T[None], mask=cache.mask, cache=cache, last_only=True)
+
+
+def _fresh(function: Any) -> Any:
+    """A copy with a code object of its own: compiled graphs belong to those, and here without any guard."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def require_compiler() -> None:

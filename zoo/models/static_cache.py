@@ -1,4 +1,4 @@
-"""A key/value cache of fixed length, for compiled decoding: its tensors never change their shapes.
+"""A key/value cache for compiled decoding: tensors, and where to write into them.
 
 Shape letters: B batch, T new tokens, C capacity, K kv heads, H head size.
 """
@@ -34,8 +34,8 @@ class StaticKVCache:
 
     def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns the whole tensors, room for later tokens included."""
-        self._keys[layer].index_copy_(1, self._positions_T, k_BTKH)
-        self._values[layer].index_copy_(1, self._positions_T, v_BTKH)
+        self._keys[layer].index_copy_(1, self._positions_T, k_BTKH.to(self._keys[layer].dtype))
+        self._values[layer].index_copy_(1, self._positions_T, v_BTKH.to(self._values[layer].dtype))
         return self._keys[layer], self._values[layer]
 
     def advance(self, n_tokens: int) -> None:

@@ -70,6 +70,10 @@ class Int4Linear(QuantizedLinear):
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self.packed, GROUP, units)
         return product.t().to(torch.uint8)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale_and_zero.dtype
+
     def dequantized(self) -> Tensor:
         scale, zero = self.scale_and_zero.unbind(-1)
         centered = self.integers().to(scale.dtype).unflatten(1, (-1, GROUP)) - 8

@@ -47,6 +47,10 @@ class Int8Linear(QuantizedLinear):
     def from_stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
         return cls(tensors["integers"], tensors["scale"].to(dtype))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
     def dequantized(self) -> Tensor:
         return self.weight.to(self.scale.dtype) * self.scale[:, None]
 

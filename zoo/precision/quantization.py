@@ -86,6 +86,11 @@ class QuantizedLinear(nn.Module, ABC):
     def from_stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
         """The layer of stored tensors, for inputs of ``dtype``."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the inputs."""
+
     @abstractmethod
     def dequantized(self) -> Tensor:
         """The weight that this layer multiplies with, (D_out, D_in) in the dtype of its inputs."""
@@ -160,7 +165,7 @@ def _role(name: str, spec: ModelSpec) -> str | None:
     return module.split(".", 2)[2] if module.startswith("blocks.") else module
 
 
-def choose_quantizer(name: str, *, device: str, registry: Registry) -> Quantizer:
+def choose_quantizer(name: str, *, device: str, registry: Registry, fix: str = "Take int8, or none.") -> Quantizer:
     """The quantizer of that name.
 
     Raises:
@@ -169,5 +174,5 @@ def choose_quantizer(name: str, *, device: str, registry: Registry) -> Quantizer
     """
     quantizer: Quantizer = registry.load("quantizer", name)()
     if reasons := quantizer.supports(device):
-        raise UnavailableError(f"quantizer {name!r} can not be used: {'; '.join(reasons)}.", fix="Take int8, or none.")
+        raise UnavailableError(f"quantizer {name!r} can not be used: {'; '.join(reasons)}.", fix=fix)
     return quantizer
