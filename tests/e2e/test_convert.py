@@ -82,7 +82,7 @@ def test_the_suffix_decides(run: Zoo, source: Path, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("out", "--to", "gguf"), r"out does not end in .gguf"),
-        (("out", "--to", "nanogpt"), "can be read but not written. Write gguf, hf, litgpt."),
+        (("out", "--to", "nanogpt"), "can be read but not written. Write gguf, hf, litgpt, quantized."),
         (("out", "--to", "ggfu"), "Did you mean 'gguf'"),
         (("out", "--dtype", "q8_0"), "holds no q8_0 weights"),
         (("out", "--to", "litgpt", "--dtype", "q8_0"), "holds no q8_0 weights"),
