@@ -86,6 +86,8 @@ def test_the_suffix_decides(run: Zoo, source: Path, tmp_path: Path) -> None:
         (("out", "--to", "ggfu"), "Did you mean 'gguf'"),
         (("out", "--dtype", "q8_0"), "holds no q8_0 weights"),
         (("out", "--to", "litgpt", "--dtype", "q8_0"), "holds no q8_0 weights"),
+        (("out.gguf", "--quantize", "int4"), "gguf holds no weights of the quantizer 'int4'"),
+        (("out", "--to", "quantized"), "--quantize int8"),
         (("taken.gguf",), "taken.gguf exists already"),
         (("taken", "--to", "litgpt"), "exists and is not empty"),
     ],

@@ -68,7 +68,8 @@ def command(
     from zoo.sources.resolve import resolve_model
 
     quantizer = app.registry.load("quantizer", quantize)() if quantize else None
-    target = target or ("quantized" if quantizer else None)
+    if quantizer is not None and app.registry.match("converter", destination.suffix) is None:
+        target = target or "quantized"
     name, writer = choose_writer(target, destination, app.registry)
     found = resolve_model(
         source, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note

@@ -135,7 +135,7 @@ def refuse_quantizer(options: WriteOptions, format_name: str) -> None:
     if options.quantizer is not None:
         raise InputError(
             f"the format {format_name} holds no weights of the quantizer {options.quantizer.name!r}.",
-            fix="Leave --to out, or --quantize.",
+            fix="Write a directory without --to, or leave --quantize out.",
         )
 
 

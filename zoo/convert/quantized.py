@@ -56,6 +56,7 @@ class QuantizedTensors:
         self._path, self._kinds = path, kinds
         self._reader = SafetensorsReader.from_files([path])
         self._shapes = parameter_shapes(spec)
+        self._stored = frozenset(self._reader.names())
         self._parts = {name: self._checked_parts(name) for name in kinds}
 
     def names(self) -> list[str]:
@@ -88,7 +89,7 @@ class QuantizedTensors:
         parts = {}
         for part, (shape, dtype) in self._kinds[name].layout(self._shapes[name], torch.float32).items():
             parts[part] = stored = f"{name}.{part}"
-            if stored not in self._reader.names():
+            if stored not in self._stored:
                 raise FileFormatError(f"{self._path} lacks the tensor {stored!r}.")
             found, kind = self._reader.shape(stored), self._reader.dtype(stored)
             if found != shape or (kind != dtype and not (kind.is_floating_point and dtype.is_floating_point)):

@@ -1,4 +1,4 @@
-"""Compiled decoding: one graph for one token, with a cache of fixed length."""
+"""Compiled decoding: one graph for one token, after a context of any length."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from zoo.models.cache import KVCache
 from zoo.models.gpt import GPT
 from zoo.models.static_cache import StaticKVCache
 
-CONTEXT_STEP = 256
-"""Contexts of a multiple of so many tokens are compiled for: longer ones would be read in vain at each token."""
 _ON_CPU: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 _ELSEWHERE: dict[str, Any] = {"max_autotune": True}
 

@@ -19,7 +19,7 @@ from zoo.models.attention import Attention
 from zoo.models.gpt import GPT
 from zoo.models.masks import Mask
 from zoo.precision.int8 import Int8Linear
-from zoo.precision.quantization import QuantizedEmbedding, QuantizedLinear
+from zoo.precision.quantization import QuantizedLinear
 
 
 def one_token_model(model: GPT) -> GPT:
@@ -29,10 +29,9 @@ def one_token_model(model: GPT) -> GPT:
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.Linear | QuantizedLinear):
             twin.set_submodule(name, _one_row(module))
-        elif isinstance(module, nn.Embedding | QuantizedEmbedding):
-            twin.set_submodule(name, InFloat32(module) if name == "embed" else module)
         elif isinstance(module, Attention):
             module.attend = OneQuery()
+    twin.set_submodule("embed", InFloat32(twin.embed))
     for parent in twin.modules():
         if not isinstance(parent, OneRowLinear | nn.Embedding | QuantizedLinear):
             for name, parameter in parent.named_parameters(recurse=False):

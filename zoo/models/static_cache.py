@@ -1,6 +1,6 @@
 """A key/value cache for compiled decoding: tensors, and where to write into them.
 
-Shape letters: B batch, T new tokens, C capacity, K kv heads, H head size.
+Shape letters: B batch, T new tokens, S tokens that the tensors have room for, K kv heads, H head size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from zoo.models.masks import Mask
 
 
 class StaticKVCache:
-    """A view of keys and values (B, C, K, H) per layer, into which T tokens are written at given positions.
+    """Keys and values (B, S, K, H) of every layer, into which T tokens are written at given positions.
 
     Args:
         positions_T: int64, where the new tokens go.
