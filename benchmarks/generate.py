@@ -212,17 +212,25 @@ def report(rounds: dict[str, list[Result]]) -> None:
     print(f"{'':20} {'decode/s':>9} {'prefill/s':>10} {'first run s':>12}" + "".join(f"{'/ ' + p:>20}" for p in PEERS))
     for name, row in medians.items():
         ratios = [
-            f"{row['decode'] / medians[peer]['decode']:.2f} {row.get('prefill', 0) / medians[peer]['prefill']:.2f}"
+            f"{row['decode'] / medians[peer]['decode']:.2f} {_ratio(row.get('prefill'), medians[peer]['prefill'])}"
             if peer in medians
             else "-"
             for peer in PEERS
         ]
         first = f"{row['first']:.1f}" if "first" in row else ""
         print(
-            f"{name:20} {row['decode']:9.1f} {row.get('prefill', 0):10.0f} {first:>12}"
+            f"{name:20} {row['decode']:9.1f} {_rate(row.get('prefill')):>10} {first:>12}"
             + "".join(f"{ratio:>20}" for ratio in ratios)
         )
     print("ratios: decode, then prefill, of the row over the peer of the column")
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.0f}"
+
+
+def _ratio(rate: float | None, peer: float) -> str:
+    return "-" if rate is None else f"{rate / peer:.2f}"
 
 
 def main() -> None:
