@@ -64,13 +64,26 @@ def test_rows_of_zeros_and_constants() -> None:
         assert_close(found, weight, atol=1e-5, rtol=1e-2)
 
 
-def test_int4_integers_survive_the_kernels_layout() -> None:
-    """Guards the packing: what is read back through the kernel is what went in."""
-    integers = torch.randint(16, (64, 96), dtype=torch.uint8)
-    layer = Int4Linear(integers, torch.rand(64, 3), torch.randn(64, 3), torch.bfloat16)
-    assert layer.has_kernel
-    assert torch.equal(layer.integers(), integers)
-    assert layer.packed.nbytes == integers.nbytes / 2
+@pytest.mark.parametrize("d_out", [16, 64, 528])
+def test_int4_integers_survive_the_kernels_layout(d_out: int) -> None:
+    """Guards the packing, which goes block by block: what is read back through the kernel is what went in."""
+    nibbles = torch.randint(256, (d_out, 48), dtype=torch.uint8)
+    layer = Int4Linear(nibbles, torch.rand(d_out, 3), torch.randn(d_out, 3), torch.bfloat16)
+    assert layer.packed is not None and layer.packed.nbytes == nibbles.nbytes
+    integers = layer.integers()
+    assert torch.equal(integers[:, :16], nibbles[:, :16] & 15) and torch.equal(integers[:, 80:], nibbles[:, 32:] >> 4)
+    layer.keep_nibbles()
+    assert layer.nibbles is not None and torch.equal(layer.nibbles, nibbles)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 100])
+def test_int4_that_keeps_its_nibbles(n_tokens: int) -> None:
+    """Guards the choice of the kernel, and what is unpacked instead of it."""
+    layer = Int4Linear.from_float(torch.randn(64, 96), torch.bfloat16)
+    x = torch.randn(n_tokens, 96).bfloat16()
+    expected = layer(x)
+    layer.keep_nibbles()
+    assert_close(layer(x), expected, atol=0.15, rtol=0.02)  # roundings of bfloat16
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "gpt_neox", "llama-gqa", "llama-tied", "llama-biases"])

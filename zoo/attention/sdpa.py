@@ -42,14 +42,16 @@ class SDPA:
         square_causal = plain and mask.causal and n_queries == n_keys
         sees_all = plain and (n_queries == 1 or not mask.causal)
         dense = None if square_causal or sees_all else mask.dense(n_queries, n_keys, q_BTNH.device)
-        out_BNTH = F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
+        # The heads that share keys go in as queries of one head: a kernel reads the keys for each head anew.
+        fold = n_queries == 1 and q_BTNH.shape[2] != k_BSKH.shape[2]
+        out = F.scaled_dot_product_attention(
+            q_BTNH.squeeze(1).unflatten(1, (k_BSKH.shape[2], -1)) if fold else q_BTNH.transpose(1, 2),
             k_BSKH.transpose(1, 2),
             v_BSKH.transpose(1, 2),
             attn_mask=dense,
             dropout_p=dropout_p,
             is_causal=square_causal and n_queries > 1,
             scale=scale,
-            enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
+            enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2] and not fold,
         )
-        return out_BNTH.transpose(1, 2)
+        return out.flatten(1, 2).unsqueeze(1) if fold else out.transpose(1, 2)

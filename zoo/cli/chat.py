@@ -10,7 +10,7 @@ import click
 
 from zoo.cli.app import App, ZooCommand, note, pass_app
 from zoo.cli.model_options import load_from_options, loading_options, print_stats, sampling_options
-from zoo.cli.threads import import_torch_bound
+from zoo.cli.torch_process import import_torch
 from zoo.errors import InputError
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /save FILE writes it, /exit leaves."
@@ -38,7 +38,7 @@ def command(
     **options: Any,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D or /exit leaves."""
-    import_torch_bound()
+    import_torch()
     from zoo.generate.sampling import SamplingOptions
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

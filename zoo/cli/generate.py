@@ -12,7 +12,7 @@ import click
 
 from zoo.cli.app import App, ZooCommand, json_option, note, pass_app, print_json
 from zoo.cli.model_options import load_from_options, loading_options, print_stats, sampling_options
-from zoo.cli.threads import import_torch_bound
+from zoo.cli.torch_process import import_torch
 from zoo.errors import InputError, ZooError
 
 WINDOW_BATCHES = 16
@@ -83,7 +83,7 @@ def _check_together(given: dict[str, Any], *, compiled: bool) -> None:
 
 def _check_early(sampling: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuse values out of range before a model is fetched and loaded."""
-    import_torch_bound()
+    import_torch()
     from zoo.generate.sampling import SamplingOptions
     from zoo.generate.stopping import StopStrings
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from zoo.cli.app import App, note
-from zoo.cli.threads import import_torch_bound
+from zoo.cli.torch_process import import_torch
 
 if TYPE_CHECKING:
     from zoo.api import LanguageModel
@@ -70,7 +70,7 @@ def load_from_options(
     offline: bool,
 ) -> LanguageModel:
     """Load the model that the options name, telling what ``auto`` chose."""
-    import_torch_bound()
+    import_torch()
     from zoo.api import load
     from zoo.sources.base import FetchOptions
 

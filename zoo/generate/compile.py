@@ -18,8 +18,9 @@ from zoo.models.cache import KVCache
 from zoo.models.gpt import GPT
 from zoo.models.static_cache import StaticKVCache
 
-_ON_CPU: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
-_ELSEWHERE: dict[str, Any] = {"max_autotune": True}
+_ANYWHERE: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}  # of hundreds of weights per token
+_ON_CPU: dict[str, Any] = _ANYWHERE | {"cpp.enable_floating_point_contract_flag": "fast"}
+_ELSEWHERE: dict[str, Any] = _ANYWHERE | {"max_autotune": True}
 
 
 class CompiledDecoding:

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from zoo.models.attention import Attention
 from zoo.models.gpt import GPT
 from zoo.models.masks import Mask
+from zoo.precision.int4 import GROUP, Int4Linear
 from zoo.precision.int8 import Int8Linear
 from zoo.precision.quantization import QuantizedLinear
 
 
 def one_token_model(model: GPT) -> GPT:
     """A copy of ``model`` that shares its large weights; norms and biases are copied to float32."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.keep_nibbles()
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     twin = deepcopy(model, shared)
     for name, module in list(twin.named_modules()):
@@ -52,8 +56,36 @@ class OneRowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D_in) to (..., D_out), float32."""
-        sums = (x.unsqueeze(-2) * self.weight.float()).sum(-1)
+        sums = (_stored(x).unsqueeze(-2) * self.weight.float()).sum(-1)
         return sums if self.scale is None else sums * self.scale.float()
+
+
+class OneRowInt4Linear(nn.Module):
+    """As `OneRowLinear`, from the nibbles of a layer that keeps them; scale and offset (D_out, G) in float32."""
+
+    nibbles: Tensor
+    scale: Tensor
+    offset: Tensor
+    halves: Tensor
+
+    def __init__(self, linear: Int4Linear) -> None:
+        super().__init__()
+        assert linear.nibbles is not None
+        scale, zero = linear.scale_and_zero.float().permute(2, 1, 0).contiguous()
+        self.register_buffer("nibbles", linear.nibbles.unflatten(1, (-1, GROUP // 2)))
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", zero - 8 * scale)
+        # The high nibbles stay in place, sixteen times too large: bytes have no vectorized shift.
+        self.register_buffer("halves", torch.tensor([[1.0], [1 / 16]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D_in) to (..., D_out), float32."""
+        x_G2 = x.unflatten(-1, (-1, 2, GROUP // 2))
+        x_low, x_high = _stored(x_G2 * self.halves).unsqueeze(-4).unbind(-2)
+        low, high = (self.nibbles & 0x0F).float(), (self.nibbles & 0xF0).float()
+        products = ((low * x_low + high * x_high) * self.scale[..., None]).sum((-2, -1))
+        offsets = (self.offset * x_G2.sum((-2, -1)).unsqueeze(-2)).sum(-1)
+        return products + offsets
 
 
 class Biased(nn.Module):
@@ -106,14 +138,27 @@ class OneQuery:
         if softcap is not None:
             scores_BSKG = softcap * torch.tanh(scores_BSKG / softcap)
         hidden_S11 = ~mask.dense(1, n_keys, q_BTNH.device).view(-1, n_keys, 1, 1)
-        weights_BSKG = scores_BSKG.masked_fill(hidden_S11, float("-inf")).softmax(1)
-        y_BKGH = (weights_BSKG[..., None] * v_BSKH[:, :, :, None].float()).sum(1)
+        scores_BSKG = scores_BSKG.masked_fill(hidden_S11, float("-inf"))
+        weights_BSKG = (scores_BSKG - scores_BSKG.amax(1, keepdim=True)).exp()
+        sums_BKGH = (weights_BSKG[..., None] * v_BSKH[:, :, :, None].float()).sum(1)
+        y_BKGH = sums_BKGH / weights_BSKG.sum(1)[..., None]  # last: one pass over the scores less
         return y_BKGH.flatten(1, 2)[:, None]
+
+
+def _stored(x: Tensor) -> Tensor:
+    """The same, computed once: inductor would repeat what leads to it (the norm) for every row of a weight."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _one_row(linear: nn.Linear | QuantizedLinear) -> nn.Module:
     """What replaces a linear: layers with a kernel of their own for few rows keep it."""
-    if isinstance(linear, QuantizedLinear) and not isinstance(linear, Int8Linear):
+    row: nn.Module
+    if isinstance(linear, Int4Linear):
+        row = OneRowInt4Linear(linear)
+    elif isinstance(linear, Int8Linear):
+        row = OneRowLinear(linear.weight, linear.scale)
+    elif isinstance(linear, QuantizedLinear):
         return InFloat32(linear, linear.dtype)
-    row = OneRowLinear(linear.weight.detach(), linear.scale if isinstance(linear, Int8Linear) else None)
+    else:
+        row = OneRowLinear(linear.weight.detach(), None)
     return row if linear.bias is None else Biased(row, linear.bias.detach())

@@ -12,6 +12,18 @@ from torch.nn import functional as F
 from zoo.spec import ModelSpec
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm that rounds to the input's dtype before the weight, as Llama's reference does.
+
+    That also spares float32 temporaries of the whole input: several times as fast on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the last dimension."""
+        normed = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        return normed if self.weight is None else normed * self.weight
+
+
 class OffsetRMSNorm(nn.Module):
     """RMS norm whose stored weight lacks ``offset`` (Gemma: 1)."""
 
@@ -69,7 +81,7 @@ def build_norm(spec: ModelSpec) -> nn.Module:
         return nn.LayerNorm(spec.d_model, spec.norm_eps, elementwise_affine=spec.norm_affine, bias=spec.norm_bias)
     if spec.norm_offset:
         return OffsetRMSNorm(spec.d_model, eps=spec.norm_eps, offset=spec.norm_offset)
-    return nn.RMSNorm(spec.d_model, eps=spec.norm_eps, elementwise_affine=spec.norm_affine)
+    return RMSNorm(spec.d_model, eps=spec.norm_eps, elementwise_affine=spec.norm_affine)
 
 
 def build_qk_norm(spec: ModelSpec, n_heads: int) -> nn.Module:

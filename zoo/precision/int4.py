@@ -15,6 +15,8 @@ from zoo.precision.int8 import Int8Linear
 from zoo.precision.quantization import Layout, QuantizedLinear
 
 GROUP = 32
+_ROWS = 256
+"""Rows packed at a time, a multiple of every kernel's block."""
 
 
 class Int4Linear(QuantizedLinear):
@@ -24,20 +26,22 @@ class Int4Linear(QuantizedLinear):
     as in GGUF's blocks, ``scale`` and ``zero``.
 
     Args:
-        integers: (D_out, D_in) uint8.
+        nibbles: (D_out, D_in / 2) uint8. Kept only where there is no kernel, and after `keep_nibbles`.
         scale, zero: (D_out, G), rounded to ``dtype``.
     """
 
-    kernel_tokens = 1 << 62  # unpacking its layout costs as much as a product of hundreds of tokens
-    packed: Tensor
+    kernel_tokens = 1 << 62  # unpacking the kernel's layout costs as much as a product of hundreds of tokens
+    packed: Tensor | None
     scale_and_zero: Tensor
+    nibbles: Tensor | None
 
-    def __init__(self, integers: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(integers.shape[1], integers.shape[0])
+    def __init__(self, nibbles: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(2 * nibbles.shape[1], nibbles.shape[0])
         both = torch.stack((scale, zero), dim=-1).transpose(0, 1).to(dtype).contiguous()  # as the kernel wants them
+        has_kernel = dtype == torch.bfloat16 and self.out_features % 16 == 0
         self.register_buffer("scale_and_zero", both)
-        self._has_kernel = dtype == torch.bfloat16 and self.out_features % 16 == 0
-        self.register_buffer("packed", _pack(integers) if self._has_kernel else integers)
+        self.register_buffer("packed", _pack(nibbles) if has_kernel else None)
+        self.register_buffer("nibbles", None if has_kernel else nibbles)
 
     @staticmethod
     def layout(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
@@ -56,14 +60,17 @@ class Int4Linear(QuantizedLinear):
 
     @classmethod
     def from_stored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
-        halves = tensors["nibbles"].unflatten(1, (-1, GROUP // 2))
-        integers = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
-        return cls(integers, tensors["scale"], tensors["zero"], dtype)
+        return cls(tensors["nibbles"], tensors["scale"], tensors["zero"], dtype)
+
+    def keep_nibbles(self) -> None:
+        """Hold them beside the kernel's layout: for loops that read them, and to unpack for many tokens."""
+        self.nibbles = _nibbles(self.integers().contiguous().unflatten(1, (-1, GROUP)))
+        self.kernel_tokens = 64
 
     def integers(self) -> Tensor:
         """The integers, (D_out, D_in) uint8 within 0..15. The kernel reads its own layout, which CPUs differ in."""
-        if not self._has_kernel:
-            return self.packed
+        if self.nibbles is not None:
+            return _integers(self.nibbles)
         units = torch.ones_like(self.scale_and_zero)
         units[..., 1] = 8
         identity = torch.eye(self.in_features, dtype=units.dtype)
@@ -84,7 +91,7 @@ class Int4Linear(QuantizedLinear):
 
     @property
     def has_kernel(self) -> bool:
-        return self._has_kernel
+        return self.packed is not None
 
 
 class Int4:
@@ -107,7 +114,15 @@ def _nibbles(groups: Tensor) -> Tensor:
     return (low | (high << 4)).flatten(1)
 
 
-def _pack(integers: Tensor) -> Tensor:
-    """The kernel's own layout, two integers a byte."""
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int(), 1)
+def _integers(nibbles: Tensor) -> Tensor:
+    """The inverse of `_nibbles`, (D_out, D_in)."""
+    halves = nibbles.unflatten(1, (-1, GROUP // 2))
+    return torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
+
+
+def _pack(nibbles: Tensor) -> Tensor:
+    """The kernel's own layout, two integers a byte, block by block: its input has eight times that size."""
+    packed = torch.empty_like(nibbles)
+    for source, target in zip(nibbles.split(_ROWS), packed.split(_ROWS), strict=True):
+        target.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(_integers(source).int(), 1))
     return packed

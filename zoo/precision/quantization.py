@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from zoo.spec import ModelSpec
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each stored tensor of a weight."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Values quantized at a time: bounds the float temporaries."""
 
 
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module, ABC):
     """A linear layer with integer weights; its bias, if any, stays a parameter."""
 
     bias: nn.Parameter | None
-    kernel_tokens: ClassVar[int]
+    kernel_tokens: int
     """Up to so many tokens the integer kernel is faster than unpacking the weight for a matrix product."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
@@ -68,8 +68,15 @@ class QuantizedLinear(nn.Module, ABC):
     @classmethod
     def store(cls, weight: Tensor, dtype: torch.dtype) -> StoredWeight:
         """As `from_float`, as it would be stored."""
-        parts = [cls.quantize(rows.float(), dtype) for rows in weight.split(max(1, _CHUNK // weight.shape[1]))]
-        return StoredWeight(cls, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        shape = tuple(weight.shape)
+        layout = cls.layout(shape, dtype)
+        tensors = {name: torch.empty(of, dtype=kept, device=weight.device) for name, (of, kept) in layout.items()}
+        step = max(1, _CHUNK // shape[1])
+        for rows in range(0, shape[0], step):
+            chunk = slice(rows, rows + step)
+            for name, part in cls.quantize(weight[chunk].float(), dtype).items():
+                tensors[name][chunk] = part
+        return StoredWeight(cls, tensors)
 
     @staticmethod
     @abstractmethod
