@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.api import LanguageModel, build, load
+    from zoo.api import LanguageModel, adapt, build, load
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
 
@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LanguageModel": "zoo.api",
+    "adapt": "zoo.api",
     "build": "zoo.api",
     "load": "zoo.api",
     "load_zoo": "zoo.plugins",
     "ModelSpec": "zoo.spec",
 }
 
-__all__ = ["LanguageModel", "ModelSpec", "__version__", "build", "load", "load_zoo"]
+__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_zoo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from torch import nn
 
+from zoo.adapters.attach import AttachedAdapter, attach
+from zoo.adapters.choose import choose_adapter
 from zoo.attention.base import AttentionBackend, AttentionRequest, choose_attention
 from zoo.convert.base import Checkpoint
 from zoo.convert.load import load_model, open_checkpoint
@@ -352,6 +355,22 @@ def build(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     init_weights(built, generator)
     return built
+
+
+def adapt(
+    module: nn.Module, adapter: str = "lora", *, name: str = "default", registry: Registry | None = None, **options: Any
+) -> AttachedAdapter:
+    """Put an adapter on a model, in place: any `torch.nn.Module`, one of zoo's or not.
+
+    Args:
+        adapter: a registered adapter: ``zoo list adapters``.
+        name: tells it from other adapters on the same model.
+        options: the adapter's: ``zoo show adapter lora``.
+
+    Raises:
+        InputError: a name or a target is unknown, or an option does not fit the model.
+    """
+    return attach(module, choose_adapter(adapter, options, registry or default_registry()), name=name)
 
 
 def choose_device(name: str) -> torch.device:

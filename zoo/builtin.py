@@ -63,6 +63,28 @@ def zoo_register_attention(register: Registrar) -> None:
 
 
 @hookimpl
+def zoo_register_adapters(register: Registrar) -> None:
+    plans = "zoo.adapters.plans"
+    register("lora", "zoo.adapters.lora:LoRA", options=f"{plans}:LoRAOptions", help="low-rank updates; DoRA, rsLoRA")
+    register(
+        "llama-adapter",
+        "zoo.adapters.llama_adapter:LLaMAAdapter",
+        options=f"{plans}:LLaMAAdapterOptions",
+        help="LLaMA-Adapter v1: gated prompts in the topmost layers",
+    )
+    register(
+        "llama-adapter-v2",
+        "zoo.adapters.llama_adapter:LLaMAAdapterV2",
+        options=f"{plans}:LLaMAAdapterV2Options",
+        help="LLaMA-Adapter v2: prompts, norms, a scale and a bias on linears",
+    )
+    register("ia3", "zoo.adapters.ia3:IA3", options=f"{plans}:IA3Options", help="learned factors on activations")
+    register("full", "zoo.adapters.unfreeze:Full", options=f"{plans}:FullOptions", help="every parameter")
+    register("bitfit", "zoo.adapters.unfreeze:BitFit", options=f"{plans}:BitFitOptions", help="the biases")
+    register("norm", "zoo.adapters.unfreeze:NormTuning", options=f"{plans}:NormOptions", help="the norms")
+
+
+@hookimpl
 def zoo_register_precisions(register: Registrar) -> None:
     register("32-true", "zoo.precision.builtin:FP32_TRUE", help="float32 weights and arithmetic")
     register("bf16-true", "zoo.precision.builtin:BF16_TRUE", help="bfloat16 weights and arithmetic")

@@ -39,7 +39,7 @@ def zoo_register_attention(register: Registrar) -> None:
 
 @hookspec
 def zoo_register_adapters(register: Registrar) -> None:
-    """Parameter-efficient methods, such as LoRA."""
+    """Parameter-efficient methods, such as LoRA. Target: a subclass of `zoo.adapters.base.Adapter`."""
 
 
 @hookspec

@@ -72,6 +72,7 @@ def _component_facts(component: Component) -> dict[str, Any]:
         "needs": str(component.needs) if component.needs else None,
         "answers to": list(component.matches),
         "origin": str(component.origin),
+        "attaches to": _kinds(component),
         "options": _options(component),
     }
 
@@ -87,9 +88,21 @@ def _options(component: Component) -> Any:
         return f"can not be read: {error}"
 
 
+def _kinds(component: Component) -> list[str]:
+    """Of an adapter: the kinds of sites that it takes, as its options say them."""
+    if component.options is None:
+        return []
+    try:
+        return list(getattr(import_target(replace(component, target=component.options)), "kinds", ()))
+    except UnavailableError:
+        return []
+
+
 def _default(option: Field[Any]) -> Any:
     if option.default_factory is not MISSING:
-        return option.default_factory()
+        return option.default_factory() or "(none)"
+    if option.default is None or option.default == ():
+        return "(none)"
     return "(required)" if option.default is MISSING else option.default
 
 
@@ -104,6 +117,6 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

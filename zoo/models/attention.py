@@ -59,8 +59,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         q_BTNH = self.rotate(self.q_norm(self._heads(self.q(x_BTD))), rotation)
-        k_BSKH = self.rotate(self.k_norm(self._heads(self.k(x_BTD))), rotation)
-        v_BSKH = self._heads(self.v(x_BTD))
+        k_BSKH, v_BSKH = self.keys_values(x_BTD)
+        k_BSKH = self.rotate(k_BSKH, rotation)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
         y_BTNH = self.attend(
@@ -73,6 +73,10 @@ class Attention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
         )
         return self.out(y_BTNH.flatten(-2))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, before they are rotated, and values (..., K, H) of hidden states (..., D)."""
+        return self.k_norm(self._heads(self.k(x))), self._heads(self.v(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         clipped = x.clamp(-self.clip, self.clip) if self.clip < float("inf") else x

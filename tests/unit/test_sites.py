@@ -1,0 +1,85 @@
+"""Sites from a spec and sites from a module agree; targets name them; plans need no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from tests import reference
+from zoo.adapters.discover import sites_of
+from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options, LoRAOptions
+from zoo.api import adapt, build, load
+from zoo.errors import InputError, UnknownNameError
+from zoo.plan.sites import choose_sites, sites_of_spec
+from zoo.registry import Registry
+
+
+@pytest.mark.parametrize("variant", sorted(reference.VARIANTS))
+def test_the_spec_says_what_the_module_has(variant: str, tmp_path: Path, registry: Registry) -> None:
+    """Guards planning without a model, for every mechanism of every family."""
+    reference.save_tiny(tmp_path, *reference.VARIANTS[variant])
+    model = load(tmp_path, precision="32-true", device="cpu", registry=registry).model
+    assert sorted(map(str, sites_of_spec(model.spec))) == sorted(map(str, sites_of(model)))
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from zoo.adapters.plans import LoRAOptions; from zoo.plan.sites import sites_of_spec;"
+        "from zoo.plugins import load_zoo; spec = load_zoo().registry.model('gpt2').spec;"
+        "print(LoRAOptions().plan(sites_of_spec(spec)).n_trainable, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(12 * 2 * 8 * (768 + 768)), "False"]
+
+
+def test_llama_7b_has_the_papers_count(registry: Registry) -> None:
+    """Guards layers, prompt length and gates: 30 x 10 x 4096 + 30 x 32, as in arXiv 2303.16199."""
+    sites = sites_of_spec(registry.model("llama-2-7b").spec)
+    assert LLaMAAdapterOptions().plan(sites).n_trainable == 1_229_760
+    bias_and_scale_and_norm = LLaMAAdapterV2Options(prompts=False, scale_on="input").plan(sites)
+    norms = sum(shape[0] for name, shape in (bias_and_scale_and_norm.unfrozen or {}).items() if "norm" in name)
+    assert norms == 65 * 4096
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("attn.q", ["blocks.0.attn.q", "blocks.1.attn.q"]),
+        ("blocks.1.mlp.*", ["blocks.1.mlp.up", "blocks.1.mlp.down"]),
+        ("blocks.0.attn.out", ["blocks.0.attn.out"]),
+        ("up", ["blocks.0.mlp.up", "blocks.1.mlp.up"]),
+    ],
+)
+def test_targets(target: str, names: list[str]) -> None:
+    sites = sites_of(build("gpt2", n_layers=2, d_model=32, n_heads=4, vocab_size=64, max_seq_len=16))
+    assert [site.name for site in choose_sites(sites, [target], ("linear",))] == names
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"r": 0}, InputError, "a rank of 0"),
+        ({"r": 64}, InputError, "blocks.0.attn.q, which has 32 inputs and 32 outputs. Take r=32"),
+        ({"dropout": 1.0}, InputError, "dropout of 1.0"),
+        ({"targets": ["attn.p"]}, UnknownNameError, "'attn.p'.*attn.q"),
+        ({"targets": "attn.q"}, InputError, r"targets=\['attn.q'\]"),
+        ({"layers": [7]}, InputError, "lies in the layers"),
+        ({"rank": 4}, UnknownNameError, "option of adapter 'lora' is named 'rank'"),
+        ({"dora": True, "targets": ["embed"]}, InputError, "dora takes linears"),
+    ],
+)
+def test_bad_options(options: dict[str, object], error: type[InputError], message: str) -> None:
+    model = build("gpt2", n_layers=2, d_model=32, n_heads=4, vocab_size=64, max_seq_len=16)
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(error, match=message):
+        adapt(model, "lora", **options)
+    assert [name for name, _ in model.named_parameters()] == before
+
+
+def test_a_model_without_attention_sites() -> None:
+    with pytest.raises(InputError, match="attention_site"):
+        adapt(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)), "llama-adapter")

@@ -1,0 +1,237 @@
+"""Puts an adapter on a model, in place, and hands back what controls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.adapters.base import Adapted, Adapter, AttentionPart, Part, Prompts
+from zoo.adapters.discover import attention_site, sites_of
+from zoo.adapters.weights import is_quantized, is_transposed, weight_of
+from zoo.errors import InputError
+from zoo.plan.sites import AdapterPlan, Addition
+
+_PROMPTS = "_adapter_prompts"
+
+
+def attach(root: nn.Module, adapter: Adapter, *, name: str = "default") -> AttachedAdapter:
+    """Add an adapter to a model and freeze everything else; adapters that are there already stay active, and train.
+
+    Raises:
+        InputError: its options do not fit the model, or it has an adapter of this name.
+    """
+    plan: AdapterPlan = adapter.options.plan(sites_of(root))
+    if "." in name or not name:
+        raise InputError(f"{name!r} is no name for an adapter: it has no dots, and is not empty.")
+    attached: dict[str, AttachedAdapter] = root.__dict__.setdefault("_adapters", {})
+    if name in attached:
+        raise InputError(
+            f"the model has an adapter named {name!r} already.", fix="Give this one another name, or detach that one."
+        )
+    parts = {addition.site.name: _add(root, adapter, addition, name) for addition in plan.additions}
+    handle = AttachedAdapter(root, adapter, plan, name, parts)
+    attached[name] = handle
+    trained = {id(p) for one in attached.values() for p in one.trainable().values()}
+    for parameter in root.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return handle
+
+
+def _add(root: nn.Module, adapter: Adapter, addition: Addition, name: str) -> Part | AttentionPart:
+    module = root.get_submodule(addition.site.name)
+    if addition.site.kind == "attention":
+        return _add_prompts(adapter, addition, module, name)
+    if not isinstance(module, Adapted):
+        module = Adapted(module)
+        root.set_submodule(addition.site.name, module)
+    part = adapter.part(addition, module.base).train(root.training)
+    module.parts[name] = part
+    module.active = (*module.active, name)
+    return part
+
+
+def _add_prompts(adapter: Adapter, addition: Addition, module: nn.Module, name: str) -> AttentionPart:
+    site = attention_site(module)
+    prompts: Prompts | None = module.__dict__.get(_PROMPTS)
+    if prompts is None:
+        prompts = Prompts()
+        module.__dict__[_PROMPTS] = prompts  # not a submodule: the site puts it where it belongs
+        site.install(prompts)
+    part = adapter.attention_part(addition, site).train(module.training)
+    prompts.parts[name] = part
+    prompts.active = (*prompts.active, name)
+    return part
+
+
+class AttachedAdapter:
+    """An adapter on a model.
+
+    Attributes:
+        name: tells it from other adapters on the same model.
+        plan: what it added and unfroze.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        adapter: Adapter,
+        plan: AdapterPlan,
+        name: str,
+        parts: Mapping[str, Part | AttentionPart],
+    ) -> None:
+        self.root, self.adapter, self.plan, self.name = root, adapter, plan, name
+        self._parts = dict(parts)
+        self._unmerged: dict[str, tuple[Tensor, Tensor | None]] | None = None
+        self._original = {key: p.detach().clone() for key, p in self._unfrozen().items()}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that it trains, under its name in `state_dict`."""
+        added = {f"{site}.{key}": p for site, part in self._parts.items() for key, p in part.named_parameters()}
+        return added | self._unfrozen()
+
+    def _unfrozen(self) -> dict[str, nn.Parameter]:
+        names = self.plan.unfrozen or {}
+        return {name: self._base_parameter(name) for name in names}
+
+    def _base_parameter(self, name: str) -> nn.Parameter:
+        module_name, _, leaf = name.rpartition(".")
+        module = self.root.get_submodule(module_name)
+        base = module.base if isinstance(module, Adapted) else module
+        return base.get_parameter(leaf)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What training has changed: new parameters by site, and unfrozen ones under their own names."""
+        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values in; nothing is copied unless all fit.
+
+        Raises:
+            InputError: a key is missing or unexpected, or a shape is another.
+        """
+        own = self.trainable()
+        problems = [f"{key} is missing" for key in own if key not in state]
+        problems += [f"{key} is unknown" for key in state if key not in own]
+        problems += [
+            f"{key} is {tuple(state[key].shape)} and should be {tuple(p.shape)}"
+            for key, p in own.items()
+            if key in state and state[key].shape != p.shape
+        ]
+        if problems:
+            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise InputError(f"the state does not fit the adapter: {', '.join(problems[:5])}{more}.")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(state[key])
+
+    @property
+    def active(self) -> bool:
+        """Whether the model computes with it."""
+        return all(self.name in holder.active for holder in self._holders())
+
+    def activate(self) -> None:
+        """Have the model compute with it, after the adapters that are active already."""
+        for holder in self._holders():
+            if self.name not in holder.active:
+                holder.active = (*holder.active, self.name)
+
+    def deactivate(self) -> None:
+        """Have the model compute without its parts; parameters that it unfroze stay as they are."""
+        for holder in self._holders():
+            holder.active = tuple(name for name in holder.active if name != self.name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model as it was: without the parts, and with the former values of what was unfrozen."""
+        was_active = self.active
+        trained = {key: p.detach().clone() for key, p in self._unfrozen().items()}
+        self.deactivate()
+        self._put(self._original)
+        try:
+            yield
+        finally:
+            self._put(trained)
+            if was_active:
+                self.activate()
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, value in values.items():
+                self._base_parameter(key).copy_(value)
+
+    def unmergeable(self) -> list[str]:
+        """Why it can not be merged, one sentence each; empty: it can."""
+        reasons = self.adapter.unmergeable(self.plan)
+        quantized = [site for site in self._parts if is_quantized(self._base(site))]
+        if quantized:
+            reasons.append(f"{quantized[0]} and {len(quantized) - 1} other weights are quantized")
+        prompts = [addition.site.name for addition in self.plan.additions if addition.site.kind == "attention"]
+        if prompts:
+            reasons.append(f"prompts in {len(prompts)} attention layers are no change of a weight")
+        return reasons
+
+    def merge(self) -> None:
+        """Compute the parts into the weights, and deactivate them; `unmerge` restores the weights to the bit.
+
+        Raises:
+            InputError: it is merged already, is not active, or can not be merged.
+        """
+        if self._unmerged is not None:
+            raise InputError(f"adapter {self.name!r} is merged already.")
+        if not self.active:
+            raise InputError(f"adapter {self.name!r} is not active: there is nothing to merge.")
+        if reasons := self.unmergeable():
+            raise InputError(
+                f"adapter {self.name!r} can not be merged: {'; '.join(reasons)}.",
+                fix="Load the model without --quantize to merge into float weights, or keep the adapter apart.",
+            )
+        self._unmerged = {}
+        with torch.no_grad():
+            for site, part in self._parts.items():
+                assert isinstance(part, Part)
+                self._merge(site, part)
+        self.deactivate()
+
+    def _merge(self, site: str, part: Part) -> None:
+        assert self._unmerged is not None
+        base: Any = self._base(site)
+        bias = getattr(base, "bias", None)
+        self._unmerged[site] = (base.weight.data, None if bias is None else bias.data)
+        weight, merged_bias = part.merged(weight_of(base), None if bias is None else bias.float())
+        base.weight.data = (weight.T if is_transposed(base) else weight).to(base.weight.dtype).contiguous()
+        if merged_bias is not None and bias is not None:
+            base.bias.data = merged_bias.to(bias.dtype)
+        elif merged_bias is not None:
+            base.bias = nn.Parameter(merged_bias.to(base.weight.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Take it out of the weights again.
+
+        Raises:
+            InputError: it is not merged.
+        """
+        if self._unmerged is None:
+            raise InputError(f"adapter {self.name!r} is not merged.")
+        for site, (weight, bias) in self._unmerged.items():
+            base: Any = self._base(site)
+            base.weight.data = weight
+            if bias is not None:
+                base.bias.data = bias
+            elif getattr(base, "bias", None) is not None:
+                base.bias = None
+        self._unmerged = None
+        self.activate()
+
+    def _base(self, site: str) -> nn.Module:
+        module = self.root.get_submodule(site)
+        return module.base if isinstance(module, Adapted) else module
+
+    def _holders(self) -> Iterator[Adapted | Prompts]:
+        for addition in self.plan.additions:
+            module = self.root.get_submodule(addition.site.name)
+            holder = module if isinstance(module, Adapted) else module.__dict__[_PROMPTS]
+            yield holder

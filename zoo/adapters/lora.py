@@ -1,0 +1,148 @@
+"""LoRA (arXiv 2106.09685), with rank-stabilized scaling (2312.03732) and DoRA (2402.09353).
+
+Shape letters: D_in, D_out of a site, R rank, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.adapters.base import Adapter, Part
+from zoo.adapters.plans import LoRAOptions
+from zoo.adapters.weights import device_of, weight_of
+from zoo.plan.sites import AdapterPlan, Addition
+
+
+class LoRA(Adapter):
+    """W becomes W + scaling * B A, with A (R, D_in) and B (D_out, R); W is frozen."""
+
+    options_type: ClassVar[type] = LoRAOptions
+    options: LoRAOptions
+
+    def part(self, addition: Addition, base: nn.Module) -> Part:
+        """Makes A and B in float32 on the device of the base."""
+        kinds: dict[str, Callable[[Addition, nn.Module, LoRAOptions], LoRAPart]]
+        kinds = {"linear": LoRALinear, "embedding": LoRAEmbedding, "conv": LoRAConv}
+        part = kinds[addition.site.kind](addition, base, self.options)
+        part.reset(base, self.options)
+        return part
+
+    def unmergeable(self, plan: AdapterPlan) -> list[str]:
+        """One side of tied weights can not take an update that the other lacks."""
+        tied = [addition.site.name for addition in plan.additions if addition.site.tied]
+        return [f"{name} shares its weight with another module, which an update would change too" for name in tied]
+
+
+class LoRAPart(Part):
+    """A and B of one site."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, addition: Addition, base: nn.Module, options: LoRAOptions) -> None:
+        super().__init__()
+        for name, shape in addition.shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device_of(base))))
+        self.scaling = options.scaling(addition.site)
+        self.dropout: nn.Module = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
+
+    def reset(self, base: nn.Module, options: LoRAOptions) -> None:
+        """As before training: B A is zero."""
+        nn.init.zeros_(self.lora_B)
+        if options.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.view(self.lora_A.shape[0], -1), a=math.sqrt(5))
+
+    @abstractmethod
+    def update(self) -> Tensor:
+        """Scaling * B A, in the shape of the weight, float32."""
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.float() + self.update(), bias
+
+
+class LoRALinear(LoRAPart):
+    """LoRA of a linear."""
+
+    lora_magnitude: nn.Parameter
+
+    def reset(self, base: nn.Module, options: LoRAOptions) -> None:
+        super().reset(base, options)
+        if options.dora:
+            self.lora_magnitude.data = weight_of(base).norm(dim=1)
+
+    def update(self) -> Tensor:
+        return self.scaling * self.lora_B.float() @ self.lora_A.float()
+
+    def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        delta = F.linear(project(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
+        if "lora_magnitude" not in self._parameters:
+            return y + delta.to(y.dtype)
+        bias = getattr(base, "bias", None)
+        product = y if bias is None else y - bias
+        norm = (weight_of(base) + self.update()).norm(dim=1).detach()
+        return ((product + delta) * (self.lora_magnitude / norm)).to(y.dtype) + (0 if bias is None else bias)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        merged, bias = super().merged(weight, bias)
+        if "lora_magnitude" in self._parameters:
+            merged = merged * (self.lora_magnitude / merged.norm(dim=1))[:, None]
+        return merged, bias
+
+
+class LoRAEmbedding(LoRAPart):
+    """LoRA of an embedding (V, D), with A (R, V) and B (D, R); A is zero before training, as in PEFT."""
+
+    def reset(self, base: nn.Module, options: LoRAOptions) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def update(self) -> Tensor:
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float()).T
+
+    def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        rows = F.embedding(x, self.lora_A.T) @ self.lora_B.T
+        return y + (rows * self.scaling).to(y.dtype)
+
+
+class LoRAConv(LoRAPart):
+    """LoRA of a convolution, of any groups: the update is computed and applied as one."""
+
+    def update(self) -> Tensor:
+        A, B = self.lora_A.float(), self.lora_B.float()
+        return self.scaling * (B.flatten(1) @ A.flatten(1)).unflatten(1, A.shape[1:])
+
+    def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        conv: Any = base
+        delta = conv._conv_forward(self.dropout(x).to(self.lora_A.dtype), self.update(), None)
+        return y + delta.to(y.dtype)
+
+
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """X A^T in A's dtype. Keeps x itself for the backward pass, and no copy in another dtype."""
+    if x.dtype == A.dtype:
+        return F.linear(x, A)
+    projected: Tensor = _MixedProjection.apply(x, A)  # type: ignore[no-untyped-call]
+    return projected
+
+
+class _MixedProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A)
+        return F.linear(x.to(A.dtype), A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, A = ctx.saved_tensors
+        grad_x = (grad @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_A = grad.flatten(0, -2).T @ x.flatten(0, -2).to(A.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_A

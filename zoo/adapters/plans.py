@@ -1,0 +1,258 @@
+"""The options of the built-in adapters, and what each would do to a model: arithmetic over sites, without torch.
+
+Shape letters: D_in, D_out of a site, R rank, V vocabulary, D model width, N heads, P prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar, Literal
+
+from zoo.errors import InputError
+from zoo.plan.sites import ALL_LINEAR, AdapterPlan, Addition, Kind, Site, choose_sites, last_layers
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Options of LoRA; the names are those of its paper and of PEFT.
+
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with ``rslora``.
+        targets: roles, names, ends of names or globs; ``all-linear``. By default attn.q and attn.v, or all linears
+            where a model has no such roles.
+        layers: the layers it is limited to, counted from 0.
+        dropout: probability for each input of A, in training.
+        bias: biases that train along: of no site, of ``all``, or of those with LoRA.
+        dora: learn the norm of every output apart (DoRA).
+        rank_pattern, alpha_pattern: other values for the sites whose name ends in a match of the key.
+        modules_to_save: names, ends of names or roles of sites that are trained in full beside it.
+        init: A is uniform (Kaiming), or ``gaussian`` with deviation 1 / r; B is zero.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
+    r: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    init: Literal["default", "gaussian"] = "default"
+
+    def rank(self, site: Site) -> int:
+        """Rank at a site."""
+        return int(_by_pattern(self.rank_pattern, site.name, self.r))
+
+    def scaling(self, site: Site) -> float:
+        """Factor on B A at a site."""
+        rank = self.rank(site)
+        return _by_pattern(self.alpha_pattern, site.name, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """A and B at each target.
+
+        Raises:
+            InputError: a rank is no positive number or larger than the site, a number is out of range, a target names
+                no site.
+        """
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"a dropout of {self.dropout} is out of range: it is at least 0 and below 1.")
+        targets = self.targets if self.targets is not None else default_targets(sites)
+        chosen = choose_sites(sites, targets, self.kinds)
+        chosen = [site for site in chosen if self.layers is None or site.layer in self.layers]
+        if not chosen:
+            raise InputError(f"none of the targets {', '.join(targets)} lies in the layers {self.layers}.")
+        whole = choose_sites(sites, self.modules_to_save, ("linear", "conv", "embedding", "norm"))
+        unfrozen = {name: shape for site in whole for name, shape in site.parameters.items()}
+        with_bias = {"none": [], "all": sites, "lora_only": chosen}[self.bias]
+        unfrozen |= _biases(with_bias)
+        return AdapterPlan(tuple(Addition(site, self._shapes(site)) for site in chosen), unfrozen)
+
+    def _shapes(self, site: Site) -> Shapes:
+        if self.dora and site.kind != "linear":
+            raise InputError(f"dora takes linears, and {site.name} is of the kind {site.kind}.", fix="Leave it out.")
+        rank, (d_out, d_in) = self.rank(site), (site.shape[0], prod(site.shape[1:]))
+        if rank < 1:
+            raise InputError(f"a rank of {rank} is out of range: it is at least 1.")
+        if rank > min(d_out, d_in):
+            raise InputError(
+                f"a rank of {rank} is too large for {site.name}, which has {d_in} inputs and {d_out} outputs.",
+                fix=f"Take r={min(d_out, d_in)} or less.",
+            )
+        magnitude: Shapes = {"lora_magnitude": (d_out,)} if self.dora else {}
+        if site.kind == "embedding":
+            return {"lora_A": (rank, d_out), "lora_B": (d_in, rank)}
+        if site.kind == "conv":
+            kernel = site.shape[1:]
+            return {"lora_A": (rank, *kernel), "lora_B": (d_out, rank, *(1 for _ in kernel[1:]))}
+        return {"lora_A": (rank, d_in), "lora_B": (d_out, rank), **magnitude}
+
+
+def default_targets(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Queries and values where roles are known, else every linear."""
+    roles = {site.role for site in sites}
+    return ("attn.q", "attn.v") if {"attn.q", "attn.v"} <= roles else (ALL_LINEAR,)
+
+
+def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """As PEFT: the first key, a regular expression, that the name ends with at the start of a component."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _biases(sites: Sequence[Site]) -> Shapes:
+    return {name: shape for site in sites for name, shape in site.parameters.items() if name.endswith(".bias")}
+
+
+@dataclass(frozen=True)
+class IA3Options:
+    """Options of (IA)^3 (arXiv 2205.05638): learned factors.
+
+    Attributes:
+        kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    targets: linears whose outputs are scaled.
+        feedforward: linears whose inputs are scaled instead.
+    """
+
+    targets: tuple[str, ...] = ("attn.k", "attn.v")
+    feedforward: tuple[str, ...] = ("mlp.down",)
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """A factor for every output, or input, of the targets.
+
+        Raises:
+            UnknownNameError: a target names no linear.
+        """
+        outputs = [Addition(s, {"ia3_output": s.shape[:1]}) for s in choose_sites(sites, self.targets, ("linear",))]
+        inputs = [Addition(s, {"ia3_input": s.shape[1:]}) for s in choose_sites(sites, self.feedforward, ("linear",))]
+        return AdapterPlan(tuple(outputs + inputs))
+
+
+@dataclass(frozen=True)
+class LLaMAAdapterOptions:
+    """Options of LLaMA-Adapter v1 (arXiv 2303.16199).
+
+    Attributes:
+        prompt_length: P, learned vectors per layer.
+        layers: so many of the topmost layers have prompts; ``None``: all but the first two.
+        gate: what bounds the gate: ``tanh`` as in the paper's code, ``linear`` as in LitGPT and PEFT.
+        gate_per: a gate for each ``head``, or one for the ``layer``.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("attention",)
+    prompt_length: int = 10
+    layers: int | None = None
+    gate: Literal["tanh", "linear"] = "tanh"
+    gate_per: Literal["head", "layer"] = "head"
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """Prompts (P, D) and gates at the topmost attention layers.
+
+        Raises:
+            InputError: the model has no attention sites, or a number is out of range.
+        """
+        return AdapterPlan(tuple(self._prompts(sites)))
+
+    def _prompts(self, sites: Sequence[Site]) -> Iterator[Addition]:
+        attention = [site for site in sites if site.kind == "attention"]
+        if not attention:
+            raise InputError(
+                "LLaMA-Adapter needs attention layers that prompts can enter, and this model shows none.",
+                fix="Give its attention module a method attention_site(): see zoo.adapters.base.AttentionSite.",
+            )
+        n_layers = max(1, len(attention) - 2) if self.layers is None else self.layers
+        if not 1 <= n_layers <= len(attention) or self.prompt_length < 1:
+            raise InputError(
+                f"prompts of {self.prompt_length} vectors in {n_layers} layers are out of range: at least 1, and at "
+                f"most the model's {len(attention)} layers."
+            )
+        for site in last_layers(attention, n_layers):
+            width, n_heads = site.shape
+            gates = n_heads if self.gate_per == "head" else 1
+            yield Addition(site, {"prompt": (self.prompt_length, width), "gate": (gates,)})
+
+
+@dataclass(frozen=True)
+class LLaMAAdapterV2Options(LLaMAAdapterOptions):
+    """Options of LLaMA-Adapter v2 (arXiv 2304.15010): v1, and a scale and a bias on linears, and trained norms.
+
+    Attributes:
+        kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "attention")
+    targets: linears with a scale and a bias.
+        scale_on: ``output``: s (W x + b), the paper's formula; ``input``: W (s x) + b, its released code.
+        norms: whether all norms are trained.
+        prompts: whether there are prompts.
+    """
+
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    scale_on: Literal["output", "input"] = "output"
+    norms: bool = True
+    prompts: bool = True
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """Scales, biases, prompts and norms. Raises as `LLaMAAdapterOptions.plan`."""
+        linears = choose_sites(sites, self.targets, ("linear",))
+        side = 0 if self.scale_on == "output" else 1
+        affine = [Addition(s, {"v2_scale": (s.shape[side],), "v2_bias": s.shape[:1]}) for s in linears]
+        prompts = list(self._prompts(sites)) if self.prompts else []
+        return AdapterPlan(tuple(affine + prompts), _norms(sites) if self.norms else {})
+
+
+def _norms(sites: Sequence[Site]) -> Shapes:
+    return {name: shape for site in sites if site.kind == "norm" for name, shape in site.parameters.items()}
+
+
+@dataclass(frozen=True)
+class FullOptions:
+    """Options of full finetuning: everything trains."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "norm")
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """All parameters of all sites."""
+        return AdapterPlan((), {name: shape for site in sites for name, shape in site.parameters.items()})
+
+
+@dataclass(frozen=True)
+class BitFitOptions:
+    """Options of BitFit (arXiv 2106.10199): the biases train."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "norm")
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """All biases.
+
+        Raises:
+            InputError: the model has none.
+        """
+        biases = _biases(sites)
+        if not biases:
+            raise InputError("bitfit trains biases, and this model has none.", fix="Take lora, or norm.")
+        return AdapterPlan((), biases)
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """Options of norm tuning (arXiv 2312.11420): the norms train."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+
+    def plan(self, sites: Sequence[Site]) -> AdapterPlan:
+        """All parameters of all norms.
+
+        Raises:
+            InputError: the model has none.
+        """
+        norms = _norms(sites)
+        if not norms:
+            raise InputError("norm trains the parameters of norms, and this model has none.", fix="Take lora.")
+        return AdapterPlan((), norms)

@@ -1,0 +1,1 @@
+"""Contract suites: subclass one, name a component, and inherit every check."""

@@ -1,0 +1,220 @@
+"""What every adapter has to do on every model. Subclass `AdapterContract`, and pytest runs its tests.
+
+class TestMyAdapter(AdapterContract):
+adapter = "my-adapter"
+
+def make_model(self):
+return zoo.build("gpt2", n_layers=2, d_model=64, n_heads=4, vocab_size=64, max_seq_len=32, seed=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zoo.adapters.attach import AttachedAdapter, attach
+from zoo.adapters.choose import choose_adapter
+from zoo.errors import InputError
+from zoo.plugins import load_zoo
+from zoo.registry import Registry
+
+
+def randomize(handle: AttachedAdapter, seed: int = 0) -> None:
+    """Put noise on every trainable parameter, so that zeros and ones hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in handle.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def gradient_norms(model: nn.Module, handle: AttachedAdapter, loss: Tensor) -> dict[str, float]:
+    """The norm of each trainable parameter's gradient; 0 where there is none. The gradients are taken away again."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    norms = {n: 0.0 if p.grad is None else float(p.grad.float().norm()) for n, p in handle.trainable().items()}
+    model.zero_grad(set_to_none=True)
+    return norms
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A hash of each tensor's bytes."""
+    return {
+        name: hashlib.sha256(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, t in tensors.items()
+    }
+
+
+@cache
+def _registry() -> Registry:
+    return load_zoo().registry
+
+
+class AdapterContract:
+    """Set the class attributes, and `make_model`.
+
+    Attributes:
+        adapter: its registered name.
+        options: the options to test it with.
+        start_tolerance: largest difference of logits that a fresh adapter may make, by their dtype; else none at all.
+        without_gradient: names of trainable parameters, or ends of them, that mathematics gives no gradient.
+    """
+
+    adapter: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+    start_tolerance: ClassVar[dict[torch.dtype, float]] = {}
+    without_gradient: ClassVar[tuple[str, ...]] = ()
+
+    def make_model(self) -> nn.Module:
+        """A small model with random weights, the same at every call."""
+        raise NotImplementedError
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """The result (B, T, V) for some input, always the same."""
+        generator = torch.Generator().manual_seed(1)
+        embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+        tokens_BT = torch.randint(embedding.num_embeddings, (2, 12), generator=generator)
+        result: Any = model(tokens_BT)
+        logits: Tensor = getattr(result, "logits", result)
+        return logits
+
+    def attach(self, model: nn.Module, *, name: str = "default", seed: int = 3) -> AttachedAdapter:
+        """The adapter on the model."""
+        torch.manual_seed(seed)
+        return attach(model, choose_adapter(self.adapter, self.options, _registry()), name=name)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """A scalar that depends on every logit in its own way."""
+        logits = self.logits(model).float()
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        return (logits.log_softmax(-1) * weights).sum() / logits.shape[-1]
+
+    def assert_as_at_start(self, found: Tensor, expected: Tensor) -> None:
+        """To the bit, or within `start_tolerance`."""
+        assert (found - expected).abs().max() <= self.start_tolerance.get(found.dtype, 0.0)
+
+    def test_a_fresh_adapter_changes_nothing(self) -> None:
+        model = self.make_model()
+        with torch.no_grad():
+            before = self.logits(model)
+            self.attach(model)
+            self.assert_as_at_start(self.logits(model), before)
+
+    def test_the_plan_is_what_is_trained(self) -> None:
+        handle = self.attach(self.make_model())
+        assert handle.plan.shapes == {name: tuple(p.shape) for name, p in handle.trainable().items()}
+        trained = {id(p) for p in handle.root.parameters() if p.requires_grad}
+        assert trained == {id(p) for p in handle.trainable().values()}
+
+    def test_every_parameter_learns(self) -> None:
+        """After a pass without gradients, which must leave nothing behind; twice, as accumulation does."""
+        model = self.make_model()
+        handle = self.attach(model)
+        model.eval()
+        with torch.no_grad():
+            self.logits(model)
+        model.train()
+        randomize(handle)
+        for _ in range(2):
+            norms = gradient_norms(model, handle, self.loss(model))
+            middle = sorted(norms.values())[len(norms) // 2]
+            silent = [n for n, norm in norms.items() if norm <= 1e-6 * middle and not n.endswith(self.without_gradient)]
+            assert not silent and middle > 0
+
+    def test_nothing_else_moves(self) -> None:
+        model = self.make_model().train()
+        handle = self.attach(model)
+        randomize(handle)
+        trained = {id(p) for p in handle.trainable().values()}
+        frozen = {n: p for n, p in (*model.named_parameters(), *model.named_buffers()) if id(p) not in trained}
+        before, state = digests(frozen), digests(handle.state_dict())
+        self.loss(model).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.1 * parameter.grad.sign())
+        assert digests(frozen) == before
+        moved = digests(handle.state_dict())
+        assert all(moved[n] != state[n] for n in state if not n.endswith(self.without_gradient))
+
+    def test_evaluation_is_deterministic(self) -> None:
+        model = self.make_model()
+        handle = self.attach(model)
+        randomize(handle)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(self.logits(model), self.logits(model))
+
+    def test_merging(self) -> None:
+        model = self.make_model().eval()
+        handle = self.attach(model)
+        randomize(handle)
+        if reasons := handle.unmergeable():
+            with pytest.raises(InputError, match="can not be merged"):
+                handle.merge()
+            assert all(reasons)
+            return
+        before = digests(dict(model.named_parameters()))
+        with torch.no_grad():
+            apart = self.logits(model)
+            model.train().eval()  # must not merge
+            handle.merge()
+            merged = self.logits(model)
+            tolerance = 1e-5 if apart.dtype == torch.float32 else 0.2
+            assert (merged - apart).abs().max() <= tolerance * apart.abs().max().clamp(min=1)
+            with pytest.raises(InputError, match="already"):
+                handle.merge()
+            handle.unmerge()
+            assert digests(dict(model.named_parameters())) == before
+            assert torch.equal(self.logits(model), apart)
+
+    def test_disabled(self) -> None:
+        model = self.make_model().eval()
+        with torch.no_grad():
+            before = self.logits(model)
+            handle = self.attach(model)
+            randomize(handle)
+            adapted = self.logits(model)
+            assert not torch.equal(adapted, before)
+            with handle.disabled():
+                assert torch.equal(self.logits(model), before)
+            assert torch.equal(self.logits(model), adapted)
+
+    def test_state(self) -> None:
+        model, other = self.make_model().eval(), self.make_model().eval()
+        handle, second = self.attach(model), self.attach(other, seed=4)
+        randomize(handle)
+        second.load_state_dict(handle.state_dict())
+        with torch.no_grad():
+            assert torch.equal(self.logits(other), self.logits(model))
+
+    def test_a_state_that_does_not_fit(self) -> None:
+        handle = self.attach(self.make_model())
+        before, state = digests(handle.state_dict()), {n: t + 1 for n, t in handle.state_dict().items()}
+        key = next(iter(state))
+        missing = {n: t for n, t in state.items() if n != key}
+        for wrong in (missing, state | {"spare": state[key]}, state | {key: state[key][..., None]}):
+            with pytest.raises(InputError, match="spare" if "spare" in wrong else key):
+                handle.load_state_dict(wrong)
+        assert digests(handle.state_dict()) == before
+
+    def test_two_on_one_model(self) -> None:
+        """Each can be switched off alone, and a name is taken once."""
+        model = self.make_model().eval()
+        first = self.attach(model, name="first")
+        randomize(first)
+        with torch.no_grad():
+            alone = self.logits(model)
+            second = self.attach(model, name="second", seed=5)
+            if not first.plan.unfrozen:  # what both train, both change
+                randomize(second, seed=6)
+                assert not torch.equal(self.logits(model), alone)
+                second.deactivate()
+            self.assert_as_at_start(self.logits(model), alone)
+            with pytest.raises(InputError, match="'first' already"):
+                self.attach(model, name="first")
