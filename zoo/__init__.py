@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.api import LanguageModel, adapt, build, load
+    from zoo.adapt import adapt, load_adapter
+    from zoo.api import LanguageModel, build, load
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
 
@@ -14,14 +15,15 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LanguageModel": "zoo.api",
-    "adapt": "zoo.api",
+    "adapt": "zoo.adapt",
     "build": "zoo.api",
     "load": "zoo.api",
+    "load_adapter": "zoo.adapt",
     "load_zoo": "zoo.plugins",
     "ModelSpec": "zoo.spec",
 }
 
-__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_zoo"]
+__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_adapter", "load_zoo"]
 
 
 def __getattr__(name: str) -> Any:

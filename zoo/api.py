@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
 
-from zoo.adapters.attach import AttachedAdapter, attach
-from zoo.adapters.choose import choose_adapter
+from zoo.adapt import adapt, load_adapter
+from zoo.adapters.attach import AttachedAdapter
 from zoo.attention.base import AttentionBackend, AttentionRequest, choose_attention
+from zoo.convert.adapter_names import FamilyNames
 from zoo.convert.base import Checkpoint
 from zoo.convert.load import load_model, open_checkpoint
 from zoo.convert.load_quantized import load_quantized
@@ -70,6 +70,8 @@ class LanguageModel:
     """The quantizer whose layers it has."""
     step: CompiledDecoding | None = None
     """Runs single tokens compiled."""
+    adapters: list[AttachedAdapter] = field(default_factory=list)
+    """Those that it was loaded with."""
 
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
@@ -110,6 +112,17 @@ class LanguageModel:
         options = {name: self.checkpoint.generation.get(name) for name in names}
         options |= {name: value for name, value in given.items() if value is not None}
         return SamplingOptions(**{name: value for name, value in options.items() if value is not None})
+
+    def adapt(self, adapter: str = "lora", *, name: str = "default", **options: Any) -> AttachedAdapter:
+        """Put an adapter on the model: `zoo.adapt`, saved under the names of the model's family."""
+        return adapt(self.model, adapter, name=name, names=self._names(), base=str(self.checkpoint.path), **options)
+
+    def load_adapter(self, directory: str | Path, *, name: str = "default") -> AttachedAdapter:
+        """Put an adapter directory on the model, PEFT's or zoo's: `zoo.load_adapter`, by the family's names."""
+        return load_adapter(self.model, directory, name=name, names=self._names(), base=str(self.checkpoint.path))
+
+    def _names(self) -> FamilyNames:
+        return FamilyNames(self.checkpoint.family.keys, self.spec)
 
     def session(self) -> Session:
         """A new sequence with a cache of its own."""
@@ -258,6 +271,7 @@ def load(
     device: str = "auto",
     quantize: str | None = None,
     compile: bool = False,  # noqa: A002 - as torch calls it
+    adapters: Sequence[str | Path] = (),
     fetch: FetchOptions | None = None,
     registry: Registry | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -272,7 +286,8 @@ def load(
         device: ``auto`` (cuda, mps or cpu), or a torch device.
         quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read. By default the
             one that the directory was written for, if any.
-        compile: decode with a compiled model; the first token then takes about a minute.
+        compile: decode with a compiled model; the first token then takes about a minute. Adapters are merged for it.
+        adapters: adapter directories, PEFT's or zoo's, that apply one after the other.
         fetch: revision, token and offline mode for downloads.
         report: called with a line when something takes long.
 
@@ -297,18 +312,15 @@ def load(
         loaded = load_model(checkpoint, backend.backend, dtype=chosen.param_dtype, device=target)
     else:
         loaded = load_quantized(checkpoint, backend.backend, quantizer, dtype=chosen.param_dtype, device=target)
-    step = CompiledDecoding(loaded, report=report) if compile else None
-    return LanguageModel(
-        loaded,
-        checkpoint,
-        chosen.name,
-        backend.name,
-        backend.backend,
-        target,
-        notes,
-        quantizer.name if quantizer else None,
-        step,
-    )
+    quantized = quantizer.name if quantizer else None
+    lm = LanguageModel(loaded, checkpoint, chosen.name, backend.name, backend.backend, target, notes, quantized)
+    for directory in adapters:
+        adapter = lm.load_adapter(directory, name=f"adapter-{len(lm.adapters)}")
+        lm.adapters.append(adapter)
+        if compile:
+            adapter.merge()
+    lm.step = CompiledDecoding(loaded, report=report) if compile else None
+    return lm
 
 
 def _open(model: str | Path, options: FetchOptions, registry: Registry, report: Callable[[str], None]) -> Checkpoint:
@@ -355,22 +367,6 @@ def build(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     init_weights(built, generator)
     return built
-
-
-def adapt(
-    module: nn.Module, adapter: str = "lora", *, name: str = "default", registry: Registry | None = None, **options: Any
-) -> AttachedAdapter:
-    """Put an adapter on a model, in place: any `torch.nn.Module`, one of zoo's or not.
-
-    Args:
-        adapter: a registered adapter: ``zoo list adapters``.
-        name: tells it from other adapters on the same model.
-        options: the adapter's: ``zoo show adapter lora``.
-
-    Raises:
-        InputError: a name or a target is unknown, or an option does not fit the model.
-    """
-    return attach(module, choose_adapter(adapter, options, registry or default_registry()), name=name)
 
 
 def choose_device(name: str) -> torch.device:

@@ -54,6 +54,13 @@ class Terminal:
                 assert text in self.seen[start:], self.seen
         self._read_to = self.seen.index(text, start) + len(text)
 
+    def watch(self, seconds: float) -> None:
+        """Read for so long: a terminal that nobody reads from fills up, and its program waits."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self._fd], [], [], left)[0]:
+                self.seen += os.read(self._fd, 65536).decode(errors="replace")
+
     def type(self, text: str) -> None:
         """What a person types."""
         os.write(self._fd, text.encode())
@@ -76,13 +83,13 @@ def test_control_c(chat: Terminal, tmp_path: Path) -> None:
     chat.wait_for("> ")
     chat.type("Hi\n")
     chat.wait_for("Hi")
-    time.sleep(1.0)
+    chat.watch(1.0)
     chat.type("\x03")
     chat.wait_for("[stopped]")
     chat.type(f"/save {tmp_path / 'chat.json'}\n")
     chat.wait_for("saved 2 messages")
     chat.wait_for("> ")
-    time.sleep(0.5)  # readline takes the terminal over after it has printed the prompt
+    chat.watch(0.5)  # readline takes the terminal over after it has printed the prompt
     chat.type("\x03")
     chat.wait_for("/exit leaves")
     chat.type("/exit\n")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
 from tests import reference
+from zoo.adapt import adapt
 from zoo.adapters.discover import sites_of
-from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options, LoRAOptions
-from zoo.api import adapt, build, load
+from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options
+from zoo.api import build, load
 from zoo.errors import InputError, UnknownNameError
 from zoo.plan.sites import choose_sites, sites_of_spec
 from zoo.registry import Registry
@@ -72,7 +74,7 @@ def test_targets(target: str, names: list[str]) -> None:
         ({"dora": True, "targets": ["embed"]}, InputError, "dora takes linears"),
     ],
 )
-def test_bad_options(options: dict[str, object], error: type[InputError], message: str) -> None:
+def test_bad_options(options: dict[str, Any], error: type[InputError], message: str) -> None:
     model = build("gpt2", n_layers=2, d_model=32, n_heads=4, vocab_size=64, max_seq_len=16)
     before = [name for name, _ in model.named_parameters()]
     with pytest.raises(error, match=message):

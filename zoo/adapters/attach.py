@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,15 @@ from zoo.plan.sites import AdapterPlan, Addition
 _PROMPTS = "_adapter_prompts"
 
 
-def attach(root: nn.Module, adapter: Adapter, *, name: str = "default") -> AttachedAdapter:
+Save = Callable[["AttachedAdapter", Path], list[str]]
+"""Writes an adapter to a directory; returns what a reader should know."""
+
+
+def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Save | None = None) -> AttachedAdapter:
     """Add an adapter to a model and freeze everything else; adapters that are there already stay active, and train.
+
+    Args:
+        save: what `AttachedAdapter.save` calls; adapters themselves know no files.
 
     Raises:
         InputError: its options do not fit the model, or it has an adapter of this name.
@@ -33,7 +41,7 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default") -> Attac
             f"the model has an adapter named {name!r} already.", fix="Give this one another name, or detach that one."
         )
     parts = {addition.site.name: _add(root, adapter, addition, name) for addition in plan.additions}
-    handle = AttachedAdapter(root, adapter, plan, name, parts)
+    handle = AttachedAdapter(root, adapter, plan, name, parts, save)
     attached[name] = handle
     trained = {id(p) for one in attached.values() for p in one.trainable().values()}
     for parameter in root.parameters():
@@ -82,9 +90,10 @@ class AttachedAdapter:
         plan: AdapterPlan,
         name: str,
         parts: Mapping[str, Part | AttentionPart],
+        save: Save | None = None,
     ) -> None:
         self.root, self.adapter, self.plan, self.name = root, adapter, plan, name
-        self._parts = dict(parts)
+        self._parts, self._save = dict(parts), save
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] | None = None
         self._original = {key: p.detach().clone() for key, p in self._unfrozen().items()}
 
@@ -127,6 +136,15 @@ class AttachedAdapter:
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(state[key])
+
+    def save(self, directory: str | Path) -> list[str]:
+        """Write an adapter directory; a LoRA as PEFT does. Returns what a reader should know, one line each.
+
+        Raises:
+            InputError: the layout can not hold it.
+        """
+        assert self._save is not None, "attached without a way to save"
+        return self._save(self, Path(directory))
 
     @property
     def active(self) -> bool:

@@ -73,12 +73,13 @@ class Adapter(ABC):
 
     Args:
         options: an instance of ``options_type``.
+        name: the one it is registered under.
     """
 
     options_type: ClassVar[type]
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
+    def __init__(self, options: Any, name: str = "") -> None:
+        self.options, self.name = options, name
 
     @abstractmethod
     def part(self, addition: Addition, base: nn.Module) -> Part:

@@ -26,4 +26,4 @@ def choose_adapter(name: str, options: Mapping[str, Any], registry: Registry) ->
     for option, value in options.items():
         if isinstance(value, str) and option in ("targets", "feedforward", "modules_to_save"):
             raise InputError(f"{option} is a list of names, not {value!r}.", fix=f"Write {option}=[{value!r}].")
-    return kind(kind.options_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}))
+    return kind(kind.options_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), name)

@@ -1,0 +1,75 @@
+"""The Python API of adapters: on any module, fresh or from a directory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zoo.adapters.attach import AttachedAdapter, attach
+from zoo.adapters.choose import choose_adapter
+from zoo.convert.adapter_directory import read_adapter, write_adapter
+from zoo.convert.adapter_names import OwnNames
+from zoo.errors import InputError
+from zoo.plugins import load_zoo
+from zoo.registry import Registry
+
+
+def adapt(
+    module: nn.Module,
+    adapter: str = "lora",
+    *,
+    name: str = "default",
+    names: OwnNames | None = None,
+    base: str | None = None,
+    registry: Registry | None = None,
+    **options: Any,
+) -> AttachedAdapter:
+    """Put an adapter on a model, in place: any `torch.nn.Module`, one of zoo's or not.
+
+    Args:
+        adapter: a registered adapter: ``zoo list adapters``.
+        name: tells it from other adapters on the same model.
+        names: what its modules are called in files, if not as they are here.
+        base: what a saved adapter says it was made for.
+        options: the adapter's: ``zoo show adapter lora``.
+
+    Raises:
+        InputError: a name or a target is unknown, or an option does not fit the model.
+    """
+    outside = names or OwnNames()
+
+    def save(handle: AttachedAdapter, directory: Path) -> list[str]:
+        return write_adapter(handle, directory, outside, base=base)
+
+    return attach(module, choose_adapter(adapter, options, registry or _default_registry()), name=name, save=save)
+
+
+def load_adapter(
+    module: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    names: OwnNames | None = None,
+    base: str | None = None,
+    registry: Registry | None = None,
+) -> AttachedAdapter:
+    """Put an adapter directory on a model, PEFT's or zoo's. Arguments as for `adapt`.
+
+    Raises:
+        InputError: a file is missing or damaged, or the adapter does not fit the model.
+    """
+    stored = read_adapter(Path(directory), names or OwnNames())
+    try:
+        handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
+        handle.load_state_dict(stored.state)
+    except InputError as error:
+        raise InputError(f"the adapter {directory} does not fit this model: {error.message}", fix=error.fix) from None
+    return handle
+
+
+@lru_cache(maxsize=1)
+def _default_registry() -> Registry:
+    return load_zoo().registry
