@@ -32,7 +32,13 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
     Raises:
         InputError: its options do not fit the model, or it has an adapter of this name.
     """
-    plan: AdapterPlan = adapter.options.plan(sites_of(root))
+    sites = sites_of(root)
+    if not sites:
+        raise InputError(
+            f"{type(root).__name__} holds no module that an adapter can attach to.",
+            fix="Adapters replace what a model holds: give the model, or put a single layer into nn.Sequential.",
+        )
+    plan: AdapterPlan = adapter.options.plan(sites)
     if "." in name or not name:
         raise InputError(f"{name!r} is no name for an adapter: it has no dots, and is not empty.")
     attached: dict[str, AttachedAdapter] = root.__dict__.setdefault("_adapters", {})

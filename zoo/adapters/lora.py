@@ -109,7 +109,8 @@ class LoRAEmbedding(LoRAPart):
         return self.scaling * (self.lora_B.float() @ self.lora_A.float()).T
 
     def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        rows = F.embedding(x, self.lora_A.T) @ self.lora_B.T
+        embedding: Any = base
+        rows = F.embedding(x, self.lora_A.T, padding_idx=embedding.padding_idx) @ self.lora_B.T
         return y + (rows * self.scaling).to(y.dtype)
 
 

@@ -118,11 +118,11 @@ class IA3Options:
     """Options of (IA)^3 (arXiv 2205.05638): learned factors.
 
     Attributes:
-        kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
-    targets: linears whose outputs are scaled.
+        targets: linears whose outputs are scaled.
         feedforward: linears whose inputs are scaled instead.
     """
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
     targets: tuple[str, ...] = ("attn.k", "attn.v")
     feedforward: tuple[str, ...] = ("mlp.down",)
 
@@ -186,13 +186,13 @@ class LLaMAAdapterV2Options(LLaMAAdapterOptions):
     """Options of LLaMA-Adapter v2 (arXiv 2304.15010): v1, and a scale and a bias on linears, and trained norms.
 
     Attributes:
-        kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "attention")
-    targets: linears with a scale and a bias.
+        targets: linears with a scale and a bias.
         scale_on: ``output``: s (W x + b), the paper's formula; ``input``: W (s x) + b, its released code.
         norms: whether all norms are trained.
         prompts: whether there are prompts.
     """
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "attention")
     targets: tuple[str, ...] = (ALL_LINEAR,)
     scale_on: Literal["output", "input"] = "output"
     norms: bool = True

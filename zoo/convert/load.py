@@ -68,4 +68,7 @@ def load_model(
         module_name, _, parameter_name = name.rpartition(".")
         setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor.to(device)))
     model.tie()
+    is_mapped = not checkpoint.quantized and checkpoint.tensors.dtype(next(iter(checkpoint.located()))) == dtype
+    if not is_mapped or torch.device(device).type != "cpu":
+        model.join()
     return model.eval()

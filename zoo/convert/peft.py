@@ -146,14 +146,14 @@ def _read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: 
     options = {
         "r": r,
         "alpha": alpha,
-        "targets": tuple(ranks),
+        "targets": tuple(f"={site}" for site in ranks),
         "dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
         "rslora": config.get("use_rslora", False),
         "dora": config.get("use_dora", False),
-        "rank_pattern": {re.escape(site): rank for site, rank in ranks.items() if rank != r},
-        "alpha_pattern": {re.escape(site): value for site, value in alphas.items() if value != alpha},
-        "modules_to_save": tuple(whole),
+        "rank_pattern": {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(site)}": value for site, value in alphas.items() if value != alpha},
+        "modules_to_save": tuple(f"={site}" for site in whole),
     }
     return StoredAdapter("lora", options, state)
 
@@ -193,7 +193,7 @@ def write_peft(handle: AttachedAdapter, directory: Path, names: OwnNames, *, bas
         "init_lora_weights": True,
         "use_rslora": options.rslora,
         "use_dora": options.dora,
-        "modules_to_save": sorted(names.module(site) for site in options.modules_to_save) or None,
+        "modules_to_save": sorted(_saved_whole(handle, names)) or None,
         "rank_pattern": {re.escape(m): rank for m, rank in ranks.items() if rank != r},
         "alpha_pattern": {re.escape(m): _plain(value) for m, value in alphas.items() if value != alpha},
     }
@@ -280,6 +280,12 @@ class _Fused:
         return self._names.merge(
             self._module, [self._state[f"{part.name}.lora_magnitude"] for part in self._parts if part]
         )
+
+
+def _saved_whole(handle: AttachedAdapter, names: OwnNames) -> set[str]:
+    """Modules outside whose weights are trained in full."""
+    weights = (key for key in handle.plan.unfrozen or {} if key.endswith(".weight"))
+    return {names.module(key.removesuffix(".weight")) for key in weights}
 
 
 def _plain(number: float) -> float | int:

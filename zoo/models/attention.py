@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from zoo.models.cache import Cache
+from zoo.models.joint import apply_linears, join
 from zoo.models.masks import Mask
 from zoo.models.norm import build_qk_norm
 from zoo.models.positions import build_rotate
@@ -58,9 +59,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
-        q_BTNH = self.rotate(self.q_norm(self._heads(self.q(x_BTD))), rotation)
-        k_BSKH, v_BSKH = self.keys_values(x_BTD)
-        k_BSKH = self.rotate(k_BSKH, rotation)
+        q_BTNH, k_BSKH, v_BSKH = map(self._heads, apply_linears(x_BTD, self.q, self.k, self.v))
+        q_BTNH = self.rotate(self.q_norm(q_BTNH), rotation)
+        k_BSKH = self.rotate(self.k_norm(k_BSKH), rotation)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
         y_BTNH = self.attend(
@@ -73,6 +74,10 @@ class Attention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
         )
         return self.out(y_BTNH.flatten(-2))
+
+    def join(self) -> None:
+        """Lay the weights of q, k and v side by side: see `zoo.models.joint`."""
+        join(self.q, self.k, self.v)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, before they are rotated, and values (..., K, H) of hidden states (..., D)."""

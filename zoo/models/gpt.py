@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.models.attention import Attend
+from zoo.models.attention import Attend, Attention
 from zoo.models.block import BLOCKS
 from zoo.models.cache import Cache
 from zoo.models.ends import SoftCap, build_embedding
 from zoo.models.masks import CAUSAL, Mask
+from zoo.models.mlp import GatedMLP
 from zoo.models.norm import build_norm
 from zoo.models.positions import build_positions
 from zoo.spec import ModelSpec
@@ -59,6 +60,15 @@ class GPT(nn.Module):
         """Make the head share the embedding's weight, if the spec says so. Needed after weights are replaced."""
         if self.spec.tie_embeddings:
             self.head.weight = self.embed.weight
+
+    def join(self) -> None:
+        """Lay weights that share an input side by side, for one product without gradients. Copies them, layer by layer.
+
+        For weights that are there as copies already, and not mapped from a file.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention | GatedMLP):
+                module.join()
 
     def forward(
         self,

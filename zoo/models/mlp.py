@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zoo.models.joint import apply_linears, join
 from zoo.spec import Activation, ModelSpec
 
 
@@ -43,7 +44,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns (B, T, D)."""
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = apply_linears(x_BTD, self.gate, self.up)
+        return self.down(self.activation(gate_BTF) * up_BTF)
+
+    def join(self) -> None:
+        """Lay the weights of gate and up side by side: see `zoo.models.joint`."""
+        join(self.gate, self.up)
 
 
 def build_mlp(spec: ModelSpec) -> PlainMLP | GatedMLP:

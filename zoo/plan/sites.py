@@ -81,7 +81,8 @@ def _kind(role: str) -> Kind:
 def choose_sites(sites: Sequence[Site], targets: Iterable[str], kinds: Sequence[Kind]) -> list[Site]:
     """The sites that any target names.
 
-    A target is a role, a module's full name or the end of it (``q_proj``), a glob over full names, or `ALL_LINEAR`.
+    A target is a role, a module's full name or the end of it (``q_proj``), a glob over full names, `ALL_LINEAR`, or
+    ``=`` and a full name, for that module and no other.
 
     Raises:
         UnknownNameError: a target names no site of these kinds.
@@ -100,6 +101,8 @@ def choose_sites(sites: Sequence[Site], targets: Iterable[str], kinds: Sequence[
 def _matcher(target: str) -> Callable[[Site], bool]:
     if target == ALL_LINEAR:
         return lambda site: site.kind == "linear" and site.role != "head"
+    if target.startswith("="):
+        return lambda site: site.name == target[1:]
     return lambda site: (
         target in (site.role, site.name) or site.name.endswith("." + target) or fnmatchcase(site.name, target)
     )
