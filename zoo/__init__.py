@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.adapt import adapt, load_adapter
+    from zoo.adapting import adapt, load_adapter
     from zoo.api import LanguageModel, build, load
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LanguageModel": "zoo.api",
-    "adapt": "zoo.adapt",
+    "adapt": "zoo.adapting",
     "build": "zoo.api",
     "load": "zoo.api",
-    "load_adapter": "zoo.adapt",
+    "load_adapter": "zoo.adapting",
     "load_zoo": "zoo.plugins",
     "ModelSpec": "zoo.spec",
 }

@@ -11,13 +11,14 @@ from typing import Any, Literal, overload
 
 import torch
 
-from zoo.adapt import adapt, load_adapter
 from zoo.adapters.attach import AttachedAdapter
+from zoo.adapting import adapt, load_adapter
 from zoo.attention.base import AttentionBackend, AttentionRequest, choose_attention
 from zoo.convert.adapter_names import FamilyNames
 from zoo.convert.base import Checkpoint
 from zoo.convert.load import load_model, open_checkpoint
 from zoo.convert.load_quantized import load_quantized
+from zoo.convert.peft import read_config
 from zoo.errors import InputError, UnavailableError
 from zoo.families.base import Family
 from zoo.generate.batch import Outcome, run_requests
@@ -115,13 +116,16 @@ class LanguageModel:
 
     def adapt(self, adapter: str = "lora", *, name: str = "default", **options: Any) -> AttachedAdapter:
         """Put an adapter on the model: `zoo.adapt`, saved under the names of the model's family."""
-        return adapt(self.model, adapter, name=name, names=self._names(), base=str(self.checkpoint.path), **options)
+        return adapt(self.model, adapter, name=name, names=self._outside, base=str(self.checkpoint.path), **options)
 
     def load_adapter(self, directory: str | Path, *, name: str = "default") -> AttachedAdapter:
         """Put an adapter directory on the model, PEFT's or zoo's: `zoo.load_adapter`, by the family's names."""
-        return load_adapter(self.model, directory, name=name, names=self._names(), base=str(self.checkpoint.path))
+        return load_adapter(self.model, directory, name=name, names=self._outside, base=str(self.checkpoint.path))
 
-    def _names(self) -> FamilyNames:
+    @property
+    def _outside(self) -> FamilyNames:
+        if self.step is not None:
+            raise InputError("a compiled model takes no adapter.", fix="Load it with adapters=[...].")
         return FamilyNames(self.checkpoint.family.keys, self.spec)
 
     def session(self) -> Session:
@@ -307,6 +311,8 @@ def load(
         require_compiler()
         request = replace(request, mask_features=request.mask_features | {"queries"})
     backend = choose_attention(attention, request, registry)
+    for directory in adapters:
+        read_config(Path(directory))  # before any work
     notes = [f"{name} attention was not possible: {'; '.join(why)}" for name, why in backend.rejected.items()]
     if quantizer is None:
         loaded = load_model(checkpoint, backend.backend, dtype=chosen.param_dtype, device=target)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tests import reference
-from zoo.adapt import adapt
 from zoo.adapters.attach import AttachedAdapter
 from zoo.adapters.discover import sites_of
+from zoo.adapting import adapt
 from zoo.api import load
 from zoo.convert.adapter_names import FamilyNames, OwnNames
 from zoo.convert.loralib import read_loralib

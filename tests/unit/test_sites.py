@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 from tests import reference
-from zoo.adapt import adapt
 from zoo.adapters.discover import sites_of
 from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options
+from zoo.adapting import adapt
 from zoo.api import build, load
 from zoo.errors import InputError, UnknownNameError
 from zoo.plan.sites import choose_sites, sites_of_spec

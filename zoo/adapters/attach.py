@@ -157,6 +157,11 @@ class AttachedAdapter:
         """Whether the model computes with it."""
         return all(self.name in holder.active for holder in self._holders())
 
+    @property
+    def merged(self) -> bool:
+        """Whether the weights hold it."""
+        return self._unmerged is not None
+
     def activate(self) -> None:
         """Have the model compute with it, after the adapters that are active already."""
         for holder in self._holders():

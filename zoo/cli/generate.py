@@ -51,7 +51,7 @@ def command(app: App, /, model: str, **options: Any) -> None:
         raise InputError("the prompt is empty.", fix="Give --prompt some text to continue.")
     lm = load_from_options(app, model, **options)
     options |= {"revision": None, "compile": False}  # the revision is the model's; drafting is not compiled
-    draft = load_from_options(app, given["draft"], **options) if given["draft"] is not None else None
+    draft = load_from_options(app, given["draft"], **{**options, "adapter": ()}) if given["draft"] is not None else None
     replies = _replies(lm, draft, text, given, sampling)
     if given["as_json"]:
         results = [_result(reply.read(), text, lm) for reply in replies]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,6 +22,13 @@ _LOADING = [
     click.option("--attention", default="auto", show_default=True, help="See: zoo list attention."),
     click.option("--quantize", metavar="NAME", help="int8, int4; see: zoo list quantizers."),
     click.option("--compile", is_flag=True, help="Compile the decoding; the first token then takes about a minute."),
+    click.option(
+        "--adapter",
+        multiple=True,
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="An adapter directory, PEFT's or zoo's; several apply one after the other. Merged for --compile.",
+    ),
     click.option("--revision", help="Branch, tag or commit on the hub."),
     click.option("--token", envvar="HF_TOKEN", help="Access token for gated models. [env: HF_TOKEN]"),
     click.option("--offline", is_flag=True, envvar="HF_HUB_OFFLINE", help="Never download. [env: HF_HUB_OFFLINE]"),
@@ -41,7 +49,7 @@ _SAMPLING = [
 
 
 def loading_options(function: F) -> F:
-    """``--device --precision --attention --quantize --compile --revision --token --offline``."""
+    """``--device --precision --attention --quantize --compile --adapter --revision --token --offline``."""
     return _decorated(function, _LOADING)
 
 
@@ -65,6 +73,7 @@ def load_from_options(
     attention: str,
     quantize: str | None,
     compile: bool,  # noqa: A002 - the option's name
+    adapter: tuple[Path, ...],
     revision: str | None,
     token: str | None,
     offline: bool,
@@ -81,12 +90,16 @@ def load_from_options(
         device=device,
         quantize=quantize,
         compile=compile,
+        adapters=adapter,
         fetch=FetchOptions(revision=revision, token=token, offline=offline),
         registry=app.registry,
         report=note,
     )
     how = ", ".join(filter(None, (f"{lm.precision} on {lm.device}", lm.quantized, f"{lm.attention} attention")))
     note(f"{lm.checkpoint.path}: {how}")
+    for directory, attached in zip(adapter, lm.adapters, strict=True):
+        state = "merged" if attached.merged else "active"
+        note(f"{directory}: {attached.adapter.name}, {attached.plan.n_trainable:,} parameters, {state}")
     for line in lm.notes:
         note(line)
     return lm
