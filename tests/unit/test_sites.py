@@ -85,3 +85,11 @@ def test_bad_options(options: dict[str, Any], error: type[InputError], message: 
 def test_a_model_without_attention_sites() -> None:
     with pytest.raises(InputError, match="attention_site"):
         adapt(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8)), "llama-adapter")
+
+
+def test_quantized_weights_are_not_trained(tmp_path: Path, registry: Registry) -> None:
+    reference.save_tiny(tmp_path, *reference.VARIANTS["llama-gqa"])
+    model = load(tmp_path, precision="bf16-true", quantize="int8", device="cpu", registry=registry).model
+    with pytest.raises(InputError, match=r"attn\.q\.weight is quantized"):
+        adapt(model, "full")
+    assert adapt(model, "lora").plan.n_trainable > 0

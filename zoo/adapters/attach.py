@@ -39,6 +39,7 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
             fix="Adapters replace what a model holds: give the model, or put a single layer into nn.Sequential.",
         )
     plan: AdapterPlan = adapter.options.plan(sites)
+    _refuse_quantized(root, plan)
     if "." in name or not name:
         raise InputError(f"{name!r} is no name for an adapter: it has no dots, and is not empty.")
     attached: dict[str, AttachedAdapter] = root.__dict__.setdefault("_adapters", {})
@@ -53,6 +54,14 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
     for parameter in root.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return handle
+
+
+def _refuse_quantized(root: nn.Module, plan: AdapterPlan) -> None:
+    for name in plan.unfrozen or {}:
+        if is_quantized(root.get_submodule(name.rpartition(".")[0])) and name.endswith(".weight"):
+            raise InputError(
+                f"{name} is quantized, and integers can not be trained.", fix="Load the model without quantizing it."
+            )
 
 
 def _add(root: nn.Module, adapter: Adapter, addition: Addition, name: str) -> Part | AttentionPart:
@@ -101,7 +110,8 @@ class AttachedAdapter:
         self.root, self.adapter, self.plan, self.name = root, adapter, plan, name
         self._parts, self._save = dict(parts), save
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] | None = None
-        self._original = {key: p.detach().clone() for key, p in self._unfrozen().items()}
+        kept = self._unfrozen() if adapter.keeps_original else {}
+        self._original = {key: p.detach().clone() for key, p in kept.items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that it trains, under its name in `state_dict`."""
@@ -175,7 +185,13 @@ class AttachedAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model as it was: without the parts, and with the former values of what was unfrozen."""
+        """The model as it was: without the parts, and with the former values of what was unfrozen.
+
+        Raises:
+            InputError: the former values are not kept.
+        """
+        if not self.adapter.keeps_original:
+            raise InputError(f"adapter {self.name!r} keeps no copy of what it trains.", fix="Load the model anew.")
         was_active = self.active
         trained = {key: p.detach().clone() for key, p in self._unfrozen().items()}
         self.deactivate()

@@ -77,6 +77,8 @@ class Adapter(ABC):
     """
 
     options_type: ClassVar[type]
+    keeps_original: ClassVar[bool] = True
+    """Whether the former values of what it unfreezes are kept, for `AttachedAdapter.disabled`."""
 
     def __init__(self, options: Any, name: str = "") -> None:
         self.options, self.name = options, name

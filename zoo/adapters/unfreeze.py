@@ -23,6 +23,7 @@ class Full(Unfreeze):
     """Everything."""
 
     options_type: ClassVar[type] = FullOptions
+    keeps_original: ClassVar[bool] = False  # it would take the memory of a second model
 
 
 class BitFit(Unfreeze):

@@ -181,6 +181,10 @@ class AdapterContract:
             randomize(handle)
             adapted = self.logits(model)
             assert not torch.equal(adapted, before)
+            if not handle.adapter.keeps_original:
+                with pytest.raises(InputError, match="keeps no copy"), handle.disabled():
+                    pass
+                return
             with handle.disabled():
                 assert torch.equal(self.logits(model), before)
             assert torch.equal(self.logits(model), adapted)
