@@ -62,10 +62,13 @@ def load_adapter(
         InputError: a file is missing or damaged, or the adapter does not fit the model.
     """
     stored = read_adapter(Path(directory), names or OwnNames())
+    handle = None
     try:
         handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
         handle.load_state_dict(stored.state)
     except InputError as error:
+        if handle is not None:
+            handle.detach()
         raise InputError(f"the adapter {directory} does not fit this model: {error.message}", fix=error.fix) from None
     return handle
 

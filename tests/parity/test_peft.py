@@ -154,11 +154,12 @@ def test_bad_directories(tmp_path: Path, registry: Registry) -> None:
     make("llama", {"target_modules": ["q_proj"]}, tmp_path)
     reference.save_tiny(tmp_path / "other" / "base", *reference.VARIANTS["llama-own-head"])
     reference.save_tiny(tmp_path / "short" / "base", "llama", reference.LLAMA | {"num_hidden_layers": 1})
-    lm = load_base(tmp_path, registry)
+    lm, other = load_base(tmp_path, registry), load_base(tmp_path / "other", registry)
     with pytest.raises(FileFormatError, match=r"no adapter_config\.json"):
         lm.load_adapter(tmp_path)
     with pytest.raises(InputError, match=r"does not fit this model.*should be"):
-        load_base(tmp_path / "other", registry).load_adapter(tmp_path / "adapter")
+        other.load_adapter(tmp_path / "adapter")
+    assert not [name for name, _ in other.model.named_parameters() if "lora" in name]
     with pytest.raises(FileFormatError, match="has no such module"):
         load_base(tmp_path / "short", registry).load_adapter(tmp_path / "adapter")
     change(tmp_path / "adapter", use_qalora=True)

@@ -16,7 +16,7 @@ from zoo.adapters.weights import is_quantized, is_transposed, weight_of
 from zoo.errors import InputError
 from zoo.plan.sites import AdapterPlan, Addition
 
-_PROMPTS = "_adapter_prompts"
+_ATTACHED, _PROMPTS = "_adapters", "_adapter_prompts"
 
 
 Save = Callable[["AttachedAdapter", Path], list[str]]
@@ -42,7 +42,7 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
     _refuse_quantized(root, plan)
     if "." in name or not name:
         raise InputError(f"{name!r} is no name for an adapter: it has no dots, and is not empty.")
-    attached: dict[str, AttachedAdapter] = root.__dict__.setdefault("_adapters", {})
+    attached: dict[str, AttachedAdapter] = root.__dict__.setdefault(_ATTACHED, {})
     if name in attached:
         raise InputError(
             f"the model has an adapter named {name!r} already.", fix="Give this one another name, or detach that one."
@@ -271,12 +271,33 @@ class AttachedAdapter:
         self._unmerged = None
         self.activate()
 
+    def detach(self) -> None:
+        """Take it off the model; what it unfroze has its former values again, where they are kept.
+
+        Raises:
+            InputError: the weights hold it.
+        """
+        if self.merged:
+            raise InputError(f"adapter {self.name!r} is merged.", fix="Call unmerge() first.")
+        self.deactivate()
+        self._put(self._original)
+        for parameter in self._unfrozen().values():
+            parameter.requires_grad_(False)
+        for addition in self.plan.additions:
+            holder = self._holder(addition)
+            del holder.parts[self.name]
+            if isinstance(holder, Adapted) and not holder.parts:
+                self.root.set_submodule(addition.site.name, holder.base)
+        del self.root.__dict__[_ATTACHED][self.name]
+
     def _base(self, site: str) -> nn.Module:
         module = self.root.get_submodule(site)
         return module.base if isinstance(module, Adapted) else module
 
     def _holders(self) -> Iterator[Adapted | Prompts]:
-        for addition in self.plan.additions:
-            module = self.root.get_submodule(addition.site.name)
-            holder = module if isinstance(module, Adapted) else module.__dict__[_PROMPTS]
-            yield holder
+        return map(self._holder, self.plan.additions)
+
+    def _holder(self, addition: Addition) -> Adapted | Prompts:
+        module = self.root.get_submodule(addition.site.name)
+        holder: Adapted | Prompts = module if isinstance(module, Adapted) else module.__dict__[_PROMPTS]
+        return holder

@@ -207,6 +207,21 @@ class AdapterContract:
                 handle.load_state_dict(wrong)
         assert digests(handle.state_dict()) == before
 
+    def test_detaching(self) -> None:
+        model = self.make_model().eval()
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        with torch.no_grad():
+            before = self.logits(model)
+            handle = self.attach(model)
+            if handle.adapter.keeps_original:
+                randomize(handle)
+            handle.detach()
+            assert torch.equal(self.logits(model), before)
+            self.assert_as_at_start((self.attach(model), self.logits(model))[1], before)
+        self.attach(model, name="other").detach()
+        left = [name for name, _ in model.named_parameters(remove_duplicate=False) if ".parts." not in name]
+        assert len(left) == len(names)
+
     def test_two_on_one_model(self) -> None:
         """Each can be switched off alone, and a name is taken once."""
         model = self.make_model().eval()
