@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import ClassVar
@@ -29,6 +30,15 @@ BIASED = ("gpt2", "gpt_neox", "qwen2", "phi", "gpt_bigcode")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GPT]:
     """A tiny float32 model of every variant, filled on demand."""
     return {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Operations on tiny tensors take longer on several threads, which wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 class OnEveryFamily(AdapterContract):
