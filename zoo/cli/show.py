@@ -100,23 +100,23 @@ def _kinds(component: Component) -> list[str]:
 
 def _default(option: Field[Any]) -> Any:
     if option.default_factory is not MISSING:
-        return option.default_factory() or "(none)"
-    if option.default is None or option.default == ():
-        return "(none)"
+        return option.default_factory()
     return "(required)" if option.default is MISSING else option.default
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in facts.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             rows += _flat(value, f"{prefix}{key}.")
-        elif value not in (None, [], ""):
+        elif prefix or value not in (None, [], "", {}):
             rows.append((prefix + key, value))
     return rows
 
 
 def _plain(value: Any) -> str:
+    if value is None or value in ((), [], {}):
+        return "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
