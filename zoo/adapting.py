@@ -44,7 +44,7 @@ def adapt(
     def save(handle: AttachedAdapter, directory: Path) -> list[str]:
         return write_adapter(handle, directory, outside, base=base)
 
-    return attach(module, choose_adapter(adapter, options, registry or _default_registry()), name=name, save=save)
+    return attach(module, choose_adapter(adapter, options, registry or default_registry()), name=name, save=save)
 
 
 def load_adapter(
@@ -74,5 +74,6 @@ def load_adapter(
 
 
 @lru_cache(maxsize=1)
-def _default_registry() -> Registry:
+def default_registry() -> Registry:
+    """The registry of what is installed, built once a process."""
     return load_zoo().registry

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
 from zoo.adapters.attach import AttachedAdapter
-from zoo.adapting import adapt, load_adapter
+from zoo.adapting import adapt, default_registry, load_adapter
 from zoo.attention.base import AttentionBackend, AttentionRequest, choose_attention
 from zoo.convert.adapter_names import FamilyNames
 from zoo.convert.base import Checkpoint
@@ -30,7 +29,6 @@ from zoo.generate.sampling import SamplingOptions
 from zoo.generate.speculative import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter, NgramDrafter, Speculation
 from zoo.models.gpt import GPT
 from zoo.models.init import init_weights
-from zoo.plugins import load_zoo
 from zoo.precision.base import choose_precision
 from zoo.precision.quantization import Quantizer, choose_quantizer
 from zoo.registry import Registry
@@ -42,12 +40,6 @@ from zoo.text.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_BATCH_SIZE = 16
-
-
-@lru_cache(maxsize=1)
-def default_registry() -> Registry:
-    """The registry of what is installed, built once a process."""
-    return load_zoo().registry
 
 
 def checkpoints_directory() -> Path:

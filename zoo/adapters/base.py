@@ -68,7 +68,7 @@ class AttentionSite(Protocol):
         """Have the layer call ``prompts(q_BTNH, y_BTNH)``, as attended and before the projection, for its result."""
 
 
-class Adapter(ABC):
+class Adapter:
     """A parameter-efficient method.
 
     Args:
@@ -83,9 +83,9 @@ class Adapter(ABC):
     def __init__(self, options: Any, name: str = "") -> None:
         self.options, self.name = options, name
 
-    @abstractmethod
     def part(self, addition: Addition, base: nn.Module) -> Part:
         """The new module of a planned site, with exactly the planned parameters, as it is before training."""
+        raise NotImplementedError  # for adapters whose plans add nothing to such sites
 
     def attention_part(self, addition: Addition, site: AttentionSite) -> AttentionPart:
         """As `part`, for a site of the kind ``attention``."""

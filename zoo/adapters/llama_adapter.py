@@ -22,10 +22,6 @@ class LLaMAAdapter(Adapter):
     options_type: ClassVar[type] = LLaMAAdapterOptions
     options: LLaMAAdapterOptions
 
-    def part(self, addition: Addition, base: nn.Module) -> Part:
-        """Never: v1 adds nothing outside of attention."""
-        raise NotImplementedError
-
     def attention_part(self, addition: Addition, site: AttentionSite) -> AttentionPart:
         """Prompts from N(0, 1) as in the released code, gates of zero, in float32."""
         return Prompt(addition, site, bounded=self.options.gate == "tanh")

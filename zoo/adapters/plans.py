@@ -51,12 +51,12 @@ class LoRAOptions:
 
     def rank(self, site: Site) -> int:
         """Rank at a site."""
-        return int(_by_pattern(self.rank_pattern, site.name, self.r))
+        return int(by_pattern(self.rank_pattern, site.name, self.r))
 
     def scaling(self, site: Site) -> float:
         """Factor on B A at a site."""
         rank = self.rank(site)
-        return _by_pattern(self.alpha_pattern, site.name, self.alpha) / (rank**0.5 if self.rslora else rank)
+        return by_pattern(self.alpha_pattern, site.name, self.alpha) / (rank**0.5 if self.rslora else rank)
 
     def plan(self, sites: Sequence[Site]) -> AdapterPlan:
         """A and B at each target.
@@ -104,8 +104,8 @@ def default_targets(sites: Sequence[Site]) -> tuple[str, ...]:
     return ("attn.q", "attn.v") if {"attn.q", "attn.v"} <= roles else (ALL_LINEAR,)
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """As PEFT: the first key, a regular expression, that the name ends with at the start of a component."""
+def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first key, a regular expression, that the name ends in from the start of a component (PEFT)."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo.adapters.attach import AttachedAdapter
-from zoo.adapters.plans import LoRAOptions
+from zoo.adapters.plans import LoRAOptions, by_pattern
 from zoo.convert.adapter_names import OwnNames
 from zoo.errors import FileFormatError, InputError
 from zoo.plan.sites import Site
@@ -111,12 +111,7 @@ def _read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: 
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     whole: list[str] = []
-    outside = LoRAOptions(
-        r=config["r"],
-        alpha=config.get("lora_alpha", 8),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-    )
+    patterns = config.get("alpha_pattern") or {}
     for key, tensor in tensors.items():
         if match := _LORA.fullmatch(key):
             module, leaf = match[1], match[2]
@@ -124,7 +119,7 @@ def _read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: 
             if leaf in ("lora_A.weight", "lora_embedding_A"):
                 parts = [tensor] * len(sites)
                 ranks |= dict.fromkeys(sites, tensor.shape[0])
-                alphas |= dict.fromkeys(sites, _alpha(outside, module))
+                alphas |= dict.fromkeys(sites, by_pattern(patterns, module, config.get("lora_alpha", 8)))
             elif leaf == "lora_embedding_B":
                 parts = [tensor]
             else:
@@ -156,11 +151,6 @@ def _read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: 
         "modules_to_save": tuple(f"={site}" for site in whole),
     }
     return StoredAdapter("lora", options, state)
-
-
-def _alpha(options: LoRAOptions, module: str) -> float:
-    matches = (value for key, value in options.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(matches, options.alpha)
 
 
 def write_peft(handle: AttachedAdapter, directory: Path, names: OwnNames, *, base: str | None = None) -> list[str]:
