@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--litgpt-python", metavar="PYTHON", help="interpreter that has litgpt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--only", action="append", metavar="NAME", help="run this contender alone, or these")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -267,6 +268,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {_threads()} threads, {facts}")
     with tempfile.TemporaryDirectory() as folder:
         found = contenders(arguments, Path(folder))
+        found = {name: what for name, what in found.items() if name in (arguments.only or found)}
         rounds: dict[str, list[Result]] = {name: [] for name in found}
         for _ in range(arguments.rounds):
             for name, (python, model) in found.items():

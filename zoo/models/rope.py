@@ -9,11 +9,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.spec import ModelSpec, RopeScaling, RopeSpec
 
 Rotation = tuple[Tensor, Tensor]
-"""cos_BT1r and sin_BT1r, r = R/2: one angle per rotated pair, the same for every head."""
+"""cos_BT1H and sin_BT1H, the same for every head: a head x becomes x * cos + swapped x * sin.
+
+So sin is negative where a pair's first dimension is; dimensions that do not rotate have a cosine of one.
+"""
 
 
 def rotary_frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
@@ -22,13 +26,25 @@ def rotary_frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
     return 1.0 / (rope.base**exponents)
 
 
-def rotation_at(rope: RopeSpec, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines for integer positions. Angles are float32: bfloat16 positions would be off by radians."""
+def rotation_at(rope: RopeSpec, positions_BT: Tensor, d_head: int, dtype: torch.dtype) -> Rotation:
+    """The rotation for integer positions. Angles are float32: bfloat16 positions would be off by radians."""
     frequencies, amplitude = rotary_frequencies(rope, positions_BT.device), 1.0
     if rope.scaling is not None:
         frequencies, amplitude = _SCALINGS[rope.scaling.kind](frequencies, rope.scaling, positions_BT)
     angles_BT1r = positions_BT[..., None, None].float() * frequencies
-    return (angles_BT1r.cos() * amplitude).to(dtype), (angles_BT1r.sin() * amplitude).to(dtype)
+    cos, sin = angles_BT1r.cos() * amplitude, angles_BT1r.sin() * amplitude
+    join = _as_pairs if rope.interleaved else _as_halves
+    n_rest = d_head - rope.n_dims
+    cos_BT1H, sin_BT1H = F.pad(join(cos, cos), (0, n_rest), value=1.0), F.pad(join(-sin, sin), (0, n_rest))
+    return cos_BT1H.to(dtype), sin_BT1H.to(dtype)
+
+
+def _as_halves(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat((first, second), dim=-1)
+
+
+def _as_pairs(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack((first, second), dim=-1).flatten(-2)
 
 
 def rotation_border(spec: ModelSpec) -> int | None:
@@ -37,21 +53,16 @@ def rotation_border(spec: ModelSpec) -> int | None:
     return scaling.original_max_seq_len if scaling is not None and scaling.kind == "longrope" else None
 
 
-def rotate_halves(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate dimension i with dimension i + R/2; dimensions from R on pass through."""
-    cos, sin = rotation
-    r = cos.shape[-1]
-    first, second, rest = x_BTNH[..., :r], x_BTNH[..., r : 2 * r], x_BTNH[..., 2 * r :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+def swap_halves(x: Tensor, n_dims: int) -> Tensor:
+    """Puts dimension i in the place of i + R/2 and the other way round, R = ``n_dims``; those from R on stay."""
+    first, second, rest = x.tensor_split((n_dims // 2, n_dims), dim=-1)
+    return torch.cat((second, first, rest), dim=-1)
 
 
-def rotate_pairs(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate dimension 2i with dimension 2i + 1; dimensions from R on pass through."""
-    cos, sin = rotation
-    r = cos.shape[-1]
-    even, odd, rest = x_BTNH[..., 0 : 2 * r : 2], x_BTNH[..., 1 : 2 * r : 2], x_BTNH[..., 2 * r :]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, rest), dim=-1)
+def swap_pairs(x: Tensor, n_dims: int) -> Tensor:
+    """Puts dimension 2i in the place of 2i + 1 and the other way round; those from ``n_dims`` on stay."""
+    pairs, rest = x.tensor_split((n_dims,), dim=-1)
+    return torch.cat((pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), rest), dim=-1)
 
 
 def _linear(frequencies: Tensor, scaling: RopeScaling, positions_BT: Tensor) -> tuple[Tensor, float]:
