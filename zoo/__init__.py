@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.adapting import adapt, load_adapter
-    from zoo.api import LanguageModel, build, load
+    from zoo.api import build, load
+    from zoo.language_model import LanguageModel
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "LanguageModel": "zoo.api",
+    "LanguageModel": "zoo.language_model",
     "adapt": "zoo.adapting",
     "build": "zoo.api",
     "load": "zoo.api",

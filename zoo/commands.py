@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "download": ("zoo.cli.download:command", "Fetch a model's weights; without a name, list what can be had."),
     "convert": ("zoo.cli.convert:command", "Write a model as a Hugging Face directory."),
     "generate": ("zoo.cli.generate:command", "Continue a prompt."),
+    "merge": ("zoo.cli.merge:command", "Compute an adapter into the weights of its model."),
     "chat": ("zoo.cli.chat:command", "Talk with a model."),
 }
 """In the order in which a user meets them."""

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("builtin", "plugins"),
     ("text", "sources", "convert", "data", "store"),
     ("train", "generate"),
-    ("testing", "adapting", "api"),
+    ("testing", "adapting", "language_model", "merging", "api"),
     ("cli",),
 )
 """From the bottom up: each may import those before it. A name is a module or a package of zoo, there or to come."""
@@ -29,13 +29,16 @@ SIBLINGS = {
     ("spec", "errors"),
     ("registrar", "registry"),
     ("hooks", "registrar"),
+    ("language_model", "adapting"),
+    ("merging", "adapting"),
     ("api", "adapting"),
+    ("api", "language_model"),
     ("convert", "text"),
     ("convert", "sources"),  # the record of where a model came from, which both write
 }
 """What may be imported from the same layer, other than from the same package. Never both ways."""
 
-FRONT = {"__init__": {"adapting", "api", "plugins", "spec"}, "__main__": {"cli"}}
+FRONT = {"__init__": {"adapting", "api", "language_model", "plugins", "spec"}, "__main__": {"cli"}}
 """The package's own two files are in no layer: names that ``import zoo`` offers lazily, and ``python -m zoo``."""
 
 NEVER = {"transformers", "peft", "loralib", "litgpt", "pytorch_lightning"}

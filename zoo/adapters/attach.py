@@ -56,6 +56,12 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
     return handle
 
 
+def attached_to(root: nn.Module) -> dict[str, AttachedAdapter]:
+    """The adapters of a model, by their names."""
+    attached: dict[str, AttachedAdapter] = root.__dict__.get(_ATTACHED, {})
+    return attached
+
+
 def _refuse_quantized(root: nn.Module, plan: AdapterPlan) -> None:
     for name in plan.unfrozen or {}:
         if is_quantized(root.get_submodule(name.rpartition(".")[0])) and name.endswith(".weight"):
@@ -211,13 +217,15 @@ class AttachedAdapter:
     def unmergeable(self) -> list[str]:
         """Why it can not be merged, one sentence each; empty: it can."""
         reasons = self.adapter.unmergeable(self.plan)
-        quantized = [site for site in self._parts if is_quantized(self._base(site))]
-        if quantized:
+        if quantized := self._quantized():
             reasons.append(f"{quantized[0]} and {len(quantized) - 1} other weights are quantized")
         prompts = [addition.site.name for addition in self.plan.additions if addition.site.kind == "attention"]
         if prompts:
             reasons.append(f"prompts in {len(prompts)} attention layers are no change of a weight")
         return reasons
+
+    def _quantized(self) -> list[str]:
+        return [site for site in self._parts if is_quantized(self._base(site))]
 
     def merge(self) -> None:
         """Compute the parts into the weights, and deactivate them; `unmerge` restores the weights to the bit.
@@ -232,7 +240,7 @@ class AttachedAdapter:
         if reasons := self.unmergeable():
             raise InputError(
                 f"adapter {self.name!r} can not be merged: {'; '.join(reasons)}.",
-                fix="Load the model without --quantize to merge into float weights, or keep the adapter apart.",
+                fix="Keep the adapter apart" + (", or load the model unquantized." if self._quantized() else "."),
             )
         self._unmerged = {}
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.adapters.base import Adapted, AttentionSite
+from zoo.adapters.base import Adapted, AttentionSite, Prompts
 from zoo.adapters.weights import is_quantized, is_transposed, shape_of
 from zoo.adapters.zoo_attention import ZooAttentionSite
 from zoo.models.attention import Attention
@@ -50,6 +50,24 @@ def sites_of(root: nn.Module) -> list[Site]:
     return sites
 
 
+def parameters_of(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of a model once, under its name before anything was adapted, without those of adapters."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in _parameters(root):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = parameter
+    return found
+
+
+def _parameters(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    yield from ((f"{prefix}{name}", parameter) for name, parameter in root.named_parameters(recurse=False))
+    for name, child in root.named_children():
+        if not isinstance(child, Prompts):
+            yield from _parameters(child.base if isinstance(child, Adapted) else child, f"{prefix}{name}.")
+
+
 def attention_site(module: nn.Module) -> AttentionSite:
     """How prompts enter an attention module: that of zoo's own, or what the module offers."""
     if isinstance(module, Attention):
@@ -66,7 +84,7 @@ def _modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         base = child.base if isinstance(child, Adapted) else child
         if _kind(base) is not None:
             yield path, base
-        if name != "attend":
+        if name != "attend" and not isinstance(child, Prompts):
             yield from _modules(base, f"{path}.")
 
 

@@ -52,6 +52,15 @@ def _readers(path: Path, registry: Registry) -> tuple[dict[str, Converter], list
     return readers, unusable
 
 
+def load_any(
+    checkpoint: Checkpoint, attend: Attend, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """As `load_model`, or the module of its own that the family builds, which needs no attention backend."""
+    if checkpoint.family.build is not None:
+        return load_own(checkpoint, dtype=dtype, device=device)
+    return load_model(checkpoint, attend, dtype=dtype, device=device)
+
+
 def load_model(
     checkpoint: Checkpoint, attend: Attend, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> GPT:
@@ -72,3 +81,13 @@ def load_model(
     if not is_mapped or torch.device(device).type != "cpu":
         model.join()
     return model.eval()
+
+
+def load_own(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The module that the checkpoint's family builds, with its weights, in evaluation mode. Raises as `load_model`."""
+    assert checkpoint.family.build is not None
+    module = checkpoint.family.build(checkpoint.spec)  # not on the meta device: buffers may hold what no file has
+    own = dict(module.named_parameters())
+    for name, tensor in checkpoint.parameters(dtype):
+        own[name].data = tensor
+    return module.to(device=device, dtype=dtype).eval()

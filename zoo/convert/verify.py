@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attention.eager import Eager
 from zoo.convert.base import Checkpoint, ParameterReader, Writing
-from zoo.convert.load import load_model, open_checkpoint
+from zoo.convert.load import load_any, load_model, open_checkpoint
 from zoo.convert.references import REFERENCES
 from zoo.errors import InputError, ZooError
 from zoo.models.cache import KVCache
+from zoo.models.decoder import decoder_of
 from zoo.models.gpt import GPT
 from zoo.registry import Registry
 
@@ -132,12 +133,11 @@ def _logits(
     checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], rounded: Callable[[str, Tensor], Tensor]
 ) -> Tensor:
     """Logits (T, V) of all sequences in a row, in float32 by the attention that is written out."""
-    model = load_model(checkpoint, Eager(), dtype=torch.float32)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, nn.Parameter(rounded(name, parameter.data).float()))
-    model.tie()
-    return torch.cat([model(torch.tensor([list(ids)]))[0] for ids in sequences])
+    model = load_any(checkpoint, Eager(), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded(name, parameter.data).float()
+    decoder = decoder_of(model, checkpoint.spec)
+    return torch.cat([decoder(torch.tensor([list(ids)]))[0] for ids in sequences])
 
 
 @torch.no_grad()

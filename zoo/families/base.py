@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.errors import FileFormatError, InputError, UnknownNameError, ZooError
 from zoo.families.transforms import TRANSFORMS, Transform
-from zoo.plan.parameters import parameter_shapes
+from zoo.plan.parameters import Shapes, parameter_shapes
 from zoo.spec import Activation, BlockKind, ModelSpec
 
 Config = Mapping[str, Any]
@@ -66,6 +66,7 @@ class KeyMap:
         prefix: what stored names begin with in a causal-LM file; a file without it is understood too.
         ignore: regular expressions of stored names that carry no weights (old buffers).
         by_block: more lines for one kind of block, where the stored names depend on it.
+        shapes: our parameters, if they are not those of zoo's decoder.
 
     Raises:
         InputError: a line is malformed, or names a transform that there is not.
@@ -78,11 +79,13 @@ class KeyMap:
         prefix: str = "",
         ignore: Sequence[str] = (),
         by_block: Mapping[BlockKind, str] | None = None,
+        shapes: Callable[[ModelSpec], Shapes] = parameter_shapes,
     ) -> None:
         self._lines = _parse_table(table)
         self._by_block = {block: _parse_table(lines) for block, lines in (by_block or {}).items()}
         self.prefix = prefix
         self._ignore = re.compile("|".join(ignore)) if ignore else None
+        self._shapes = shapes
 
     def rules(self, spec: ModelSpec) -> list[Rule]:
         """Every rule that ``spec`` needs, in the order of our parameters.
@@ -90,7 +93,7 @@ class KeyMap:
         Raises:
             ZooError: the table is no bijection: it lacks a parameter of the model, or names one twice.
         """
-        shapes = parameter_shapes(spec)
+        shapes = self._shapes(spec)
         rules = list(self._rules(spec, shapes))
         _check_bijection(rules, shapes)
         order = {name: i for i, name in enumerate(shapes)}
@@ -98,7 +101,7 @@ class KeyMap:
 
     def stored_names(self, spec: ModelSpec) -> list[str]:
         """Names of the tensors that a file of ``spec`` has; a parameter that the table lacks is passed over."""
-        return [rule.stored for rule in self._rules(spec, parameter_shapes(spec))]
+        return [rule.stored for rule in self._rules(spec, self._shapes(spec))]
 
     def _rules(self, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:
         for stored, ours, transform in [*self._lines, *self._by_block.get(spec.block, ())]:
@@ -221,6 +224,9 @@ class Family:
     write_config: Callable[[ModelSpec], dict[str, Any]]
     keys: KeyMap
     gguf: GGUFMap | None = None
+    build: Callable[[ModelSpec], nn.Module] | None = None
+    """Makes the model, where that is no decoder of zoo's but a module of the family's own: it maps token ids (B, T) to
+    logits (B, T, V), and ``keys`` are of its parameters, such as `zoo.families.own.SameNames`."""
 
 
 class ConfigReader:

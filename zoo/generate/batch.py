@@ -14,8 +14,7 @@ from torch import Tensor
 from zoo.errors import InputError, ZooError
 from zoo.generate.reply import Reply, ReplyWriter, Request, peak_memory
 from zoo.generate.sampling import TokenSampler
-from zoo.models.cache import KVCache
-from zoo.models.gpt import GPT
+from zoo.models.decoder import Decoder
 from zoo.models.masks import CAUSAL, Mask
 from zoo.models.rope import rotation_border
 from zoo.text.tokenizer import Tokenizer
@@ -28,7 +27,7 @@ Outcome = tuple[int, Reply | ZooError]
 
 
 def run_requests(
-    model: GPT, tokenizer: Tokenizer, requests: Sequence[Request], *, batch_size: int
+    model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request], *, batch_size: int
 ) -> Iterator[Outcome]:
     """Answer all requests, prompts of like length together; yields each as it finishes.
 
@@ -89,7 +88,7 @@ class _Row:
 class _Batch:
     """Rows that decode together; those that finish leave."""
 
-    def __init__(self, model: GPT, rows: list[_Row]) -> None:
+    def __init__(self, model: Decoder, rows: list[_Row]) -> None:
         self._model = model
         self._rows = rows
         self._device = model.device
@@ -118,13 +117,8 @@ class _Batch:
         """Logits after all that each row has seen. A prompt that several rows have in common runs once."""
         prompts = list(dict.fromkeys(tuple(row.seen) for row in self._rows))
         longest = max(map(len, prompts))
-        self._cache = KVCache(
-            self._model.spec,
-            capacity=longest + max(row.request.max_new_tokens for row in self._rows),
-            batch=len(prompts),
-            dtype=self._model.dtype,
-            device=self._device,
-        )
+        capacity = longest + max(row.request.max_new_tokens for row in self._rows)
+        self._cache = self._model.new_cache(capacity, batch=len(prompts))
         self._pad([longest - len(prompt) for prompt in prompts])
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]  # any id: padding is hidden
         width = max(1, PREFILL_TOKENS // len(prompts)) if rotation_border(self._model.spec) is None else longest
@@ -142,9 +136,7 @@ class _Batch:
         tokens_BT = torch.tensor(ids, device=self._device)
         index_T = torch.arange(tokens_BT.shape[1], device=self._device) + self._cache.length
         positions_BT = (index_T - self._padding_B[:, None]).clamp(min=0)
-        logits: Tensor = self._model(
-            tokens_BT, positions_BT=positions_BT, mask=self._mask, cache=self._cache, last_only=True
-        )
+        logits = self._model(tokens_BT, positions_BT=positions_BT, mask=self._mask, cache=self._cache, last_only=True)
         return logits[:, -1]
 
     def _select(self, rows: list[int]) -> None:

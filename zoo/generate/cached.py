@@ -12,18 +12,18 @@ from torch import Tensor
 
 from zoo.generate.compile import CompiledDecoding
 from zoo.models.cache import KVCache
-from zoo.models.gpt import GPT
+from zoo.models.decoder import Decoder, SequenceCache
 
 
 class CachedTokens:
     """One sequence of tokens and its cache: only what is new runs through the model."""
 
-    def __init__(self, model: GPT, step: CompiledDecoding | None = None) -> None:
+    def __init__(self, model: Decoder, step: CompiledDecoding | None = None) -> None:
         self.model = model
         self.device = model.device
         self._step = step
         self._ids: list[int] = []
-        self._cache: KVCache | None = None
+        self._cache: SequenceCache | None = None
 
     def start(self, ids: Sequence[int], capacity: int) -> list[int]:
         """Keep what the cache shares with ``ids`` and make room for ``capacity`` tokens.
@@ -37,8 +37,7 @@ class CachedTokens:
                 break
             shared += 1
         if self._cache is None:
-            dtype = self.model.dtype
-            self._cache = KVCache(self.model.spec, capacity=capacity, dtype=dtype, device=self.device)
+            self._cache = self.model.new_cache(capacity)
         self.truncate(shared)
         if not self._cache.continues(len(ids) - shared):
             self.truncate(shared := 0)
@@ -55,6 +54,7 @@ class CachedTokens:
             self.truncate(0)
         tokens_BT = torch.tensor([ids], device=self.device)
         if self._step is not None and len(ids) == 1 and self._cache.length > 0:
+            assert isinstance(self._cache, KVCache)
             logits_TV = self._step(tokens_BT, self._cache)[0]
         else:
             logits_TV = self.model(tokens_BT, cache=self._cache, last_only=last_only)[0]

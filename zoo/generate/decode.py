@@ -11,7 +11,7 @@ from zoo.generate.compile import CompiledDecoding
 from zoo.generate.reply import Reply, ReplyWriter, Request, Stats, peak_memory
 from zoo.generate.sampling import SamplingOptions, TokenSampler
 from zoo.generate.speculative import Speculation, speculate
-from zoo.models.gpt import GPT
+from zoo.models.decoder import Decoder
 from zoo.text.tokenizer import Tokenizer
 
 
@@ -27,7 +27,7 @@ class Session:
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, stop_ids: frozenset[int], step: CompiledDecoding | None = None
+        self, model: Decoder, tokenizer: Tokenizer, stop_ids: frozenset[int], step: CompiledDecoding | None = None
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer

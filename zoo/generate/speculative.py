@@ -17,7 +17,7 @@ from zoo.errors import InputError
 from zoo.generate.cached import CachedTokens
 from zoo.generate.reply import Stats
 from zoo.generate.sampling import TokenSampler
-from zoo.models.gpt import GPT
+from zoo.models.decoder import Decoder
 from zoo.models.rope import rotation_border
 from zoo.text.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ class ModelDrafter:
         InputError: the tokenizers have different tokens.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, target: GPT, target_tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, target: Decoder, target_tokenizer: Tokenizer) -> None:
         ours, theirs = tokenizer.backend.get_vocab(), target_tokenizer.backend.get_vocab()
         if ours != theirs:
             raise InputError(

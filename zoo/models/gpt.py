@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.models.attention import Attend, Attention
 from zoo.models.block import BLOCKS
-from zoo.models.cache import Cache
+from zoo.models.cache import Cache, KVCache
 from zoo.models.ends import SoftCap, build_embedding
 from zoo.models.masks import CAUSAL, Mask
 from zoo.models.mlp import GatedMLP
@@ -55,6 +55,10 @@ class GPT(nn.Module):
 
     def _tensors(self) -> Iterator[Tensor]:
         return chain(self.parameters(), self.buffers())
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for so many tokens per row."""
+        return KVCache(self.spec, capacity=capacity, batch=batch, dtype=self.dtype, device=self.device)
 
     def tie(self) -> None:
         """Make the head share the embedding's weight, if the spec says so. Needed after weights are replaced."""

@@ -1,0 +1,265 @@
+"""A model with its weights and its tokenizer: what `zoo.load` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from zoo.adapters.attach import AttachedAdapter
+from zoo.adapting import adapt, load_adapter
+from zoo.attention.base import AttentionBackend, AttentionRequest
+from zoo.convert.adapter_names import FamilyNames
+from zoo.convert.base import Checkpoint
+from zoo.convert.export import Exported, export_model
+from zoo.convert.from_model import from_model
+from zoo.errors import InputError, UnavailableError
+from zoo.families.base import Family
+from zoo.generate.batch import Outcome, run_requests
+from zoo.generate.chat import Conversation
+from zoo.generate.compile import CompiledDecoding
+from zoo.generate.decode import Session
+from zoo.generate.reply import Reply, Request
+from zoo.generate.sampling import SamplingOptions
+from zoo.generate.speculative import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter, NgramDrafter, Speculation
+from zoo.models.decoder import Decoder, decoder_of
+from zoo.spec import ModelSpec
+from zoo.text.chat import Message
+from zoo.text.tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 128
+DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass
+class LanguageModel:
+    """A model with its weights, its tokenizer and what its files say about generation."""
+
+    model: Any
+    """`zoo.models.gpt.GPT`, or the `torch.nn.Module` that its family builds."""
+    checkpoint: Checkpoint
+    precision: str
+    attention: str
+    backend: AttentionBackend | None
+    """`None` for a module with an attention of its own."""
+    device: torch.device
+    notes: list[str]
+    """What ``auto`` chose, and why."""
+    quantized: str | None = None
+    """The quantizer whose layers it has."""
+    step: CompiledDecoding | None = None
+    """Runs single tokens compiled."""
+    adapters: list[AttachedAdapter] = field(default_factory=list)
+    """Those that it was loaded with."""
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._session: Session | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture."""
+        return self.checkpoint.spec
+
+    @property
+    def family(self) -> Family:
+        """How it maps to the outside."""
+        return self.checkpoint.family
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            FileFormatError: the model came without one.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as generation sees it."""
+        return decoder_of(self.model, self.spec)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text, from generation_config.json, config.json and the tokenizer, in this order."""
+        for found in (self.checkpoint.generation.get("eos_token_id"), self.checkpoint.config.get("eos_token_id")):
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+        return frozenset() if self.tokenizer.eos_id is None else frozenset({self.tokenizer.eos_id})
+
+    def sampling(self, **given: Any) -> SamplingOptions:
+        """Sampling options: what is given (not ``None``), then what generation_config.json says, then the defaults."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        options = {name: self.checkpoint.generation.get(name) for name in names}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return SamplingOptions(**{name: value for name, value in options.items() if value is not None})
+
+    def adapt(self, adapter: str = "lora", *, name: str = "default", **options: Any) -> AttachedAdapter:
+        """Put an adapter on the model: `zoo.adapt`, saved under the names of the model's family."""
+        return adapt(self.model, adapter, name=name, names=self._outside, base=str(self.checkpoint.path), **options)
+
+    def load_adapter(self, directory: str | Path, *, name: str = "default") -> AttachedAdapter:
+        """Put an adapter directory on the model, PEFT's or zoo's: `zoo.load_adapter`, by the family's names."""
+        return load_adapter(self.model, directory, name=name, names=self._outside, base=str(self.checkpoint.path))
+
+    def save(self, directory: str | Path) -> Exported:
+        """Write the model as it is now, merged adapters included, as a Hugging Face directory.
+
+        Raises:
+            InputError: the directory is not empty, or an adapter is active and not merged.
+        """
+        return export_model(from_model(self.model, self.checkpoint), Path(directory))
+
+    @property
+    def _outside(self) -> FamilyNames:
+        if self.step is not None:
+            raise InputError("a compiled model takes no adapter.", fix="Load it with adapters=[...].")
+        return FamilyNames(self.checkpoint.family.keys, self.spec)
+
+    def session(self) -> Session:
+        """A new sequence with a cache of its own."""
+        return Session(self.decoder, self.tokenizer, self.stop_ids, self.step)
+
+    def conversation(self, *, system: str | None = None) -> Conversation:
+        """A new conversation."""
+        return Conversation(self.session(), system=system)
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Reply: ...
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        sample: int = 0,
+        drafter: Drafter | None = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        **sampling: Any,
+    ) -> str | Reply:
+        """Continue ``prompt``; returns the new text, or with ``stream`` a `Reply` to iterate over.
+
+        Args:
+            max_new_tokens: by default 128, or what the context has room for.
+            stop: strings before which the text ends.
+            sample: number of the sample: those of one seed differ, and each can be had again.
+            drafter: guesses up to ``draft_tokens`` ahead, to be verified at once; see `drafter`.
+            sampling: fields of `SamplingOptions`; ``temperature=0`` is greedy.
+
+        Raises:
+            InputError: the prompt is empty, the request exceeds the context, or an option is out of range.
+        """
+        request = self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=sample, **sampling)
+        if self._session is None:
+            self._session = self.session()
+        reply = self._session.reply(
+            request.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop=stop,
+            sample=sample,
+            speculation=None if drafter is None else Speculation(drafter, draft_tokens),
+        )
+        return reply if stream else reply.read().text
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **sampling: Any,
+    ) -> list[Reply]:
+        """Continue many prompts, ``batch_size`` at a time; each as `generate` does with ``sample=`` its number.
+
+        Raises:
+            InputError: as `generate`, before any work.
+            UnavailableError: the attention backend can not hide padding.
+            ZooError: the model's logits are not finite numbers for one of them.
+        """
+        requests = [
+            self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=number, **sampling)
+            for number, prompt in enumerate(prompts)
+        ]
+        replies: dict[int, Reply] = {}
+        for number, outcome in self.run(requests, batch_size=batch_size):
+            if not isinstance(outcome, Reply):
+                raise outcome
+            replies[number] = outcome
+        return [replies[number] for number in range(len(requests))]
+
+    def request(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sample: int = 0,
+        **sampling: Any,
+    ) -> Request:
+        """A text to continue or a conversation to answer, for `run`. Options as for `generate`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        room = max(1, self.spec.max_seq_len - len(ids))
+        return Request(
+            prompt_ids=ids,
+            max_new_tokens=min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
+            sampling=self.sampling(**sampling),
+            stop=stop,
+            stop_ids=self.stop_ids,
+            sample=sample,
+        )
+
+    def run(self, requests: Sequence[Request], *, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Outcome]:
+        """Answer requests in batches; yields (number, reply or what went wrong with it) as they finish.
+
+        Raises:
+            InputError: a request can not be served.
+            UnavailableError: the attention backend can not hide padding.
+        """
+        if self.backend is not None:
+            self._check_padding(self.backend)
+        return run_requests(self.decoder, self.tokenizer, requests, batch_size=batch_size)
+
+    def _check_padding(self, backend: AttentionBackend) -> None:
+        asked = AttentionRequest.of(self.spec, device=self.device.type, dtype=self.decoder.dtype)
+        asked = replace(asked, mask_features=asked.mask_features | {"padding"})
+        if reasons := backend.supports(asked):
+            raise UnavailableError(
+                f"attention {self.attention!r} can not serve a batch: {'; '.join(reasons)}.",
+                fix="Take --attention auto, or prompts one by one.",
+            )
+
+    def drafter(self, draft: LanguageModel | None = None) -> Drafter:
+        """A drafter for `generate`: a smaller model, or by default earlier text with the same last tokens.
+
+        Raises:
+            InputError: the draft model has another vocabulary.
+        """
+        if draft is None:
+            return NgramDrafter(self.spec.vocab_size)
+        return ModelDrafter(draft.decoder, draft.tokenizer, self.decoder, self.tokenizer)
+
+    def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **sampling: Any) -> str:
+        """The assistant's answer to a conversation. Options as for `generate`.
+
+        Raises:
+            InputError: the model has no chat template, or the conversation exceeds the context.
+        """
+        if not messages:
+            raise InputError("the conversation is empty.", fix='Give [{"role": "user", "content": "..."}].')
+        ids = self.tokenizer.encode_chat(messages)
+        limit = max_new_tokens or max(1, self.spec.max_seq_len - len(ids))
+        if self._session is None:
+            self._session = self.session()
+        return self._session.reply(ids, max_new_tokens=limit, sampling=self.sampling(**sampling)).read().text
