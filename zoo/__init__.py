@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.adapting import adapt, load_adapter
-    from zoo.api import build, load
+    from zoo.api import build, load, save
     from zoo.language_model import LanguageModel
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
@@ -21,10 +21,11 @@ _LAZY = {
     "load": "zoo.api",
     "load_adapter": "zoo.adapting",
     "load_zoo": "zoo.plugins",
+    "save": "zoo.api",
     "ModelSpec": "zoo.spec",
 }
 
-__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_adapter", "load_zoo"]
+__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_adapter", "load_zoo", "save"]
 
 
 def __getattr__(name: str) -> Any:

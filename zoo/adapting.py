@@ -10,6 +10,7 @@ from torch import nn
 
 from zoo.adapters.attach import AttachedAdapter, attach
 from zoo.adapters.choose import choose_adapter
+from zoo.adapters.discover import sites_of
 from zoo.convert.adapter_directory import read_adapter, write_adapter
 from zoo.convert.adapter_names import OwnNames
 from zoo.errors import InputError
@@ -49,19 +50,27 @@ def adapt(
 
 def load_adapter(
     module: nn.Module,
-    directory: str | Path,
+    path: str | Path,
     *,
     name: str = "default",
     names: OwnNames | None = None,
     base: str | None = None,
     registry: Registry | None = None,
+    **options: Any,
 ) -> AttachedAdapter:
-    """Put an adapter directory on a model, PEFT's or zoo's. Arguments as for `adapt`.
+    """Put an adapter on a model: PEFT's, zoo's, LitGPT's, loralib's or the LLaMA-Adapter repository's.
+
+    Args:
+        path: a directory, or a file that ``torch.save`` wrote. Other arguments as for `adapt`.
+        options: what the file does not say: of loralib's ``alpha``, its ``lora_alpha`` (1 by default, as there), and
+            ``enabled``, the ``enable_lora`` of its `MergedLinear` (needed if not all are); of the repository's
+            ``layers`` and ``gate``, see `zoo.convert.llama_adapter_files`.
 
     Raises:
-        InputError: a file is missing or damaged, or the adapter does not fit the model.
+        InputError: a file is missing or damaged, an option is missing or unknown, or the adapter does not fit the
+            model.
     """
-    stored = read_adapter(Path(directory), names or OwnNames())
+    stored = read_adapter(Path(path), module, names or OwnNames(site.name for site in sites_of(module)), **options)
     handle = None
     try:
         handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
@@ -69,7 +78,7 @@ def load_adapter(
     except InputError as error:
         if handle is not None:
             handle.detach()
-        raise InputError(f"the adapter {directory} does not fit this model: {error.message}", fix=error.fix) from None
+        raise InputError(f"the adapter {path} does not fit this model: {error.message}", fix=error.fix) from None
     return handle
 
 

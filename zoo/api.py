@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from torch import nn
 
 from zoo.adapting import default_registry
 from zoo.attention.base import AttentionRequest, choose_attention
+from zoo.convert.adapter_directory import check_adapter
 from zoo.convert.base import Checkpoint
+from zoo.convert.export import Exported, export_model
+from zoo.convert.from_model import fresh_checkpoint, from_model
 from zoo.convert.load import load_model, load_own, open_checkpoint
 from zoo.convert.load_quantized import load_quantized
-from zoo.convert.peft import read_config
 from zoo.errors import InputError, UnavailableError
 from zoo.families.base import Family
 from zoo.generate.compile import CompiledDecoding, require_compiler
@@ -30,8 +32,9 @@ from zoo.registry import Registry
 from zoo.sources.base import FetchOptions
 from zoo.sources.resolve import resolve_model
 from zoo.spec import ModelSpec
+from zoo.text.tokenizer import Tokenizer
 
-__all__ = ["LanguageModel", "build", "checkpoints_directory", "choose_device", "load"]
+__all__ = ["LanguageModel", "build", "checkpoints_directory", "choose_device", "load", "save"]
 
 
 def checkpoints_directory() -> Path:
@@ -79,7 +82,7 @@ def load(
     is_quantized = checkpoint.quantized or quantizer is not None
     chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry)
     for directory in adapters:
-        read_config(Path(directory))  # before any work
+        check_adapter(Path(directory))  # before any work
     if checkpoint.family.build is not None:
         _refuse_for_own(checkpoint.family, attention=attention != "auto", quantize=bool(quantizer), compiled=compile)
         return _with_adapters(_load_own(checkpoint, chosen, target), adapters)
@@ -164,19 +167,47 @@ def build(
         InputError: the name or a field is unknown, or a value is out of range.
     """
     registry = registry or default_registry()
-    if isinstance(model, ModelSpec):
-        spec = ModelSpec.from_dict({**model.to_dict(), **overrides})
-    else:
-        entry = registry.model(model)
-        spec = ModelSpec.from_dict({**entry.spec_values, **overrides})
-        family: Family = registry.load("family", entry.family)
-        if family.build is not None:
-            return _build_own(family.build, spec, seed)
+    family, spec = _family_and_spec(model, overrides, registry)
+    if family is not None and family.build is not None:
+        return _build_own(family.build, spec, seed)
     request = AttentionRequest.of(spec, device="cpu", dtype=torch.float32, training=True)
     built = GPT(spec, choose_attention(attention, request, registry).backend)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     init_weights(built, generator)
     return built
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    like: str,
+    tokenizer: Tokenizer | None = None,
+    registry: Registry | None = None,
+    **overrides: Any,
+) -> Exported:
+    """Write a model that `build` made as a model directory, which every command takes. Merged adapters are part of it.
+
+    Args:
+        like: the registry name that it was built from; ``overrides`` as for `build`.
+
+    Raises:
+        InputError: the model is another, an adapter is active and not merged, or the directory is not empty.
+    """
+    family, spec = _family_and_spec(like, overrides, registry or default_registry())
+    assert family is not None
+    path = Path(directory)
+    return export_model(from_model(model, fresh_checkpoint(family, spec, path, tokenizer)), path)
+
+
+def _family_and_spec(
+    model: str | ModelSpec, overrides: Mapping[str, Any], registry: Registry
+) -> tuple[Family | None, ModelSpec]:
+    if isinstance(model, ModelSpec):
+        return None, ModelSpec.from_dict({**model.to_dict(), **overrides})
+    entry = registry.model(model)
+    family: Family = registry.load("family", entry.family)
+    return family, ModelSpec.from_dict({**entry.spec_values, **overrides})
 
 
 def _build_own(make: Callable[[ModelSpec], nn.Module], spec: ModelSpec, seed: int | None) -> nn.Module:

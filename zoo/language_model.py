@@ -104,9 +104,10 @@ class LanguageModel:
         """Put an adapter on the model: `zoo.adapt`, saved under the names of the model's family."""
         return adapt(self.model, adapter, name=name, names=self._outside, base=str(self.checkpoint.path), **options)
 
-    def load_adapter(self, directory: str | Path, *, name: str = "default") -> AttachedAdapter:
-        """Put an adapter directory on the model, PEFT's or zoo's: `zoo.load_adapter`, by the family's names."""
-        return load_adapter(self.model, directory, name=name, names=self._outside, base=str(self.checkpoint.path))
+    def load_adapter(self, path: str | Path, *, name: str = "default", **options: Any) -> AttachedAdapter:
+        """Put an adapter on the model that is on disk: `zoo.load_adapter`, by the family's names."""
+        outside, base = self._outside, str(self.checkpoint.path)
+        return load_adapter(self.model, path, name=name, names=outside, base=base, **options)
 
     def save(self, directory: str | Path) -> Exported:
         """Write the model as it is now, merged adapters included, as a Hugging Face directory.
@@ -120,7 +121,7 @@ class LanguageModel:
     def _outside(self) -> FamilyNames:
         if self.step is not None:
             raise InputError("a compiled model takes no adapter.", fix="Load it with adapters=[...].")
-        return FamilyNames(self.checkpoint.family.keys, self.spec)
+        return FamilyNames(self.checkpoint.family.keys, self.spec, self.family.model_type)
 
     def session(self) -> Session:
         """A new sequence with a cache of its own."""

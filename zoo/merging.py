@@ -66,7 +66,7 @@ def merge_adapter(
     request = AttentionRequest.of(checkpoint.spec, device=torch.device(device).type, dtype=dtype)
     backend = choose_attention("auto", request, registry).backend
     model = load_any(checkpoint, backend, dtype=dtype, device=device)
-    names = FamilyNames(checkpoint.family.keys, checkpoint.spec)
+    names = FamilyNames(checkpoint.family.keys, checkpoint.spec, checkpoint.family.model_type)
     handle = load_adapter(model, adapter, names=names, registry=registry)
     apart = _logits(model, checkpoint)
     handle.merge()

@@ -129,6 +129,21 @@ def alpha_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoRALinear, "after", unscaled)
 
 
+def prompts_counted_from_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a part that makes positions for its queries, without the cache's length."""
+    forward = Prompt.forward
+
+    def positioned(self: Prompt, q: Tensor) -> Tensor:
+        return forward(self, q) / torch.arange(1, q.shape[1] + 1)[:, None, None]
+
+    monkeypatch.setattr(Prompt, "forward", positioned)
+
+
+def not_on_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    after = LoRALinear.after
+    monkeypatch.setattr(LoRALinear, "after", lambda self, x, y, base: after(self, x, y, base) if x.shape[1] > 1 else y)
+
+
 def state_without_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     real: Any = AdapterPlan.__dict__["shapes"]
 
@@ -148,6 +163,8 @@ MUTANTS: list[tuple[Patch, type[LoRA], str]] = [
     (dropout_in_evaluation, LoRA, "test_evaluation_is_deterministic"),
     (applied_twice, LoRA, "test_merging"),
     (alpha_ignored, LoRA, "test_merging"),
+    (prompts_counted_from_each_call, Prompts, "test_cached_equals_uncached"),
+    (not_on_single_tokens, LoRA, "test_cached_equals_uncached"),
     (state_without_a_part, LoRA, "test_the_plan_is_what_is_trained"),
 ]
 
@@ -158,3 +175,16 @@ def test_is_caught(patch: Patch, contract: type[LoRA], test: str, monkeypatch: p
     patch(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
         getattr(contract(), test)()
+
+
+class WithoutCache(LoRA):
+    """A model that takes tokens alone."""
+
+    def make_model(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 64))
+
+
+def test_a_model_without_a_cache_is_skipped_and_the_reason_is_given() -> None:
+    """Guards against a check that passes because it could not run."""
+    with pytest.raises(pytest.skip.Exception, match="Sequential takes no cache: override cached_logits"):
+        WithoutCache().test_cached_equals_uncached()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests import reference
 from zoo.api import load
@@ -94,6 +94,21 @@ class TestDoRA(OnEveryFamily):
     start_tolerance: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
+class TestPiSSA(OnEveryFamily):
+    """Principal singular vectors, with what is taken off the weight kept apart."""
+
+    adapter = "lora"
+    options: ClassVar = {"r": 4, "init": "pissa", "targets": ("attn.q", "attn.v", "mlp.down"), "alpha": 3}
+    start_tolerance: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+class TestLoRAOfParts(OnEveryFamily):
+    """Parts of the outputs, of other ranks or without an update."""
+
+    adapter = "lora"
+    options: ClassVar = {"r": 4, "targets": ("attn.q", "attn.v"), "parts": {"attn.q": (3, 0), "attn.v": (0, 1, 2, 1)}}
+
+
 class TestLLaMAAdapter(OnEveryFamily):
     """Prompts."""
 
@@ -153,3 +168,22 @@ class TestBitFit(OnEveryFamily):
 
     adapter = "bitfit"
     without_gradient = KEY_BIASES
+
+
+class TestLoRAOnTransformers(AdapterContract):
+    """A model that zoo did not make, with a cache of its own."""
+
+    adapter = "lora"
+    options: ClassVar = {"r": 4, "targets": ("q_proj", "v_proj", "down_proj")}
+
+    def make_model(self) -> nn.Module:
+        return reference.tiny_model(*reference.VARIANTS["llama-gqa"])
+
+    def cached_logits(self, model: nn.Module, lengths: Sequence[int]) -> Tensor:
+        """Through transformers' cache."""
+        held, logits = None, []
+        for piece in self.tokens(model).split(list(lengths), dim=1):
+            result: Any = model(piece, past_key_values=held, use_cache=True)
+            held = result.past_key_values
+            logits.append(result.logits)
+        return torch.cat(logits, dim=1)

@@ -1,18 +1,8 @@
-"""The life of a third party's plugin: installed with pip, listed, used, tested by its own tests, uninstalled.
-
-The environment is a new one that sees the packages of this one, so that nothing but the plugin is installed.
-"""
+"""The life of a third party's plugin: installed with pip, listed, used, tested by its own tests, uninstalled."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import venv
-from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -20,48 +10,11 @@ import torch
 import transformers
 
 from tests import reference
+from tests.plugin_environment import Environment
 
 PLUGIN = Path(__file__).parents[2] / "plugins" / "zoo-example-family"
 PROMPT = "Once upon a time"
 N_PARAMETERS = 6_050_882_784
-
-
-class Environment:
-    """A virtual environment that sees the packages of the one that runs the tests."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        # pip comes from this environment too, where it has one
-        venv.create(directory / "venv", symlinks=os.name != "nt", with_pip=not any(distributions(name="pip")))
-        scripts = "Scripts" if os.name == "nt" else "bin"
-        self.python = directory / "venv" / scripts / "python"
-        site_packages = self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()
-        visible = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-        lines = [f"import site; site.addsitedir({path!r})\n" for path in visible]
-        (Path(site_packages) / "visible.pth").write_text("".join(lines), encoding="utf-8")
-
-    def run(self, *arguments: str | Path, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run the environment's interpreter, away from the source tree."""
-        hidden = ("PYTHONPATH", "PYTHONHOME", "ZOO_PLUGINS", "ZOO_REGISTRY", "ZOO_CHECKPOINTS")
-        environment = {key: value for key, value in os.environ.items() if key not in hidden}
-        ran = subprocess.run(
-            [self.python, *arguments],
-            cwd=self.directory,
-            env=environment | {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == exit_code, f"{arguments}:\n{ran.stdout}\n{ran.stderr}"
-        return ran
-
-    def zoo(self, *arguments: str | Path, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run the command line."""
-        return self.run("-m", "zoo", *arguments, exit_code=exit_code)
-
-    def zoo_json(self, *arguments: str | Path) -> Any:
-        """What a command prints with ``--json``."""
-        return json.loads(self.zoo(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +35,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_life_of_a_plugin(environment: Environment, tiny: Path) -> None:
     """Guards the whole way of a family from somebody's wheel to generated text, and that it leaves without a trace."""
     _check_it_is_not_listed(environment)
-    environment.run("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", PLUGIN)
+    environment.install(PLUGIN)
     _check_it_is_listed(environment)
     _check_it_is_shown(environment)
     _check_it_can_be_switched_off(environment, tiny)
     _check_it_generates(environment, tiny)
-    _check_its_own_tests_pass(environment)
-    environment.run("-m", "pip", "uninstall", "--yes", "--quiet", "zoo-example-family")
+    environment.check_its_own_tests_pass(PLUGIN, "zoo_example_family")
+    environment.uninstall("zoo-example-family")
     _check_it_is_not_listed(environment)
     _check_nothing_reads_its_files(environment, tiny)
 
@@ -133,14 +86,6 @@ def _check_it_generates(environment: Environment, tiny: Path) -> None:
     assert found["ids"] == expected[0, len(PROMPT) :].tolist()
     assert len(found["ids"]) == 40
     assert found["text"] == tokenizer.decode(found["ids"])
-
-
-def _check_its_own_tests_pass(environment: Environment) -> None:
-    """The installed package is tested, not the source tree: nothing is put on the path."""
-    ran = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=", PLUGIN / "tests")
-    assert " passed" in ran.stdout and "skipped" not in ran.stdout
-    where = environment.run("-c", "import zoo_example_family; print(zoo_example_family.__file__)").stdout
-    assert Path(where).is_relative_to(environment.directory)
 
 
 def _check_it_is_not_listed(environment: Environment) -> None:

@@ -127,7 +127,6 @@ def test_untied_updates_of_a_fused_projection(tmp_path: Path, registry: Registry
     [
         ("llama-adapter", {"prompt_length": 3, "gate": "linear"}),
         ("llama-adapter-v2", {"prompt_length": 3, "scale_on": "input"}),
-        ("ia3", {}),
         ("norm", {}),
     ],
 )

@@ -19,9 +19,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "plugins" / "zoo-example-family"
-GUIDES = ["adapters.md", "adding-a-model.md", "writing-a-plugin.md"]
-NOT_RUN = ("python -m pip install -e ", "python -m pytest plugins/zoo-example-family")
-"""Commands of the guides that need more than a moment; tests/e2e/test_example_plugin.py runs them."""
+GUIDES = ["adapters.md", "adding-a-model.md", "writing-a-plugin.md", "writing-an-adapter.md"]
+NOT_RUN = ("python -m pip install -e ", "python -m pytest plugins/zoo-example-")
+"""Commands of the guides that need more than a moment; tests/e2e/test_example_plugin.py and its siblings run them."""
 
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
@@ -67,7 +67,8 @@ def prepare(guide: str, directory: Path) -> dict[str, str]:
             path = directory / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
-    sources = [PLUGIN, *(path.parent for path in directory.glob("*/pyproject.toml"))]
+    plugins = [path for path in (ROOT / "plugins").iterdir() if path.name in read(guide)]
+    sources = [*plugins, *(path.parent for path in directory.glob("*/pyproject.toml"))]
     for source in sources:
         fake_install(source, directory / "installed")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ZOO_")}
@@ -105,9 +106,12 @@ def test_code_is_in_the_file_that_it_is_said_to_be_in(guide: str) -> None:
     assert read(guide).count("```") == 2 * len(blocks(guide))
 
 
-def test_the_walk_through_the_example_leaves_no_file_out() -> None:
-    named = {block.title for block in blocks("adding-a-model.md")}
-    files = [path for path in PLUGIN.rglob("*") if path.suffix in (".py", ".toml", ".yaml")]
+@pytest.mark.parametrize(
+    ("guide", "plugin"), [("adding-a-model.md", "zoo-example-family"), ("writing-an-adapter.md", "zoo-example-adapter")]
+)
+def test_the_walk_through_the_example_leaves_no_file_out(guide: str, plugin: str) -> None:
+    named = {block.title for block in blocks(guide)}
+    files = [path for path in (ROOT / "plugins" / plugin).rglob("*") if path.suffix in (".py", ".toml", ".yaml")]
     assert {path.relative_to(ROOT).as_posix() for path in files} <= named
 
 
@@ -134,4 +138,4 @@ def test_commands_print_what_they_are_said_to_print(guide: str, tmp_path: Path) 
         )
         assert re.fullmatch(pattern_of(expected), done.stdout), f"$ {command}\n{done.stdout}\nnot:\n{expected}"
         ran += 1
-    assert ran >= (1 if guide == "adapters.md" else 7)
+    assert ran >= {"adapters.md": 1, "writing-an-adapter.md": 4}.get(guide, 7)

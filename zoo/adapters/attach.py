@@ -14,7 +14,7 @@ from zoo.adapters.base import Adapted, Adapter, AttentionPart, Part, Prompts
 from zoo.adapters.discover import attention_site, sites_of
 from zoo.adapters.weights import is_quantized, is_transposed, weight_of
 from zoo.errors import InputError
-from zoo.plan.sites import AdapterPlan, Addition
+from zoo.plan.sites import AdapterPlan, Addition, Place
 
 _ATTACHED, _PROMPTS = "_adapters", "_adapter_prompts"
 
@@ -40,6 +40,7 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
         )
     plan: AdapterPlan = adapter.options.plan(sites)
     _refuse_quantized(root, plan)
+    _refuse_place(root, adapter, plan)
     if "." in name or not name:
         raise InputError(f"{name!r} is no name for an adapter: it has no dots, and is not empty.")
     attached: dict[str, AttachedAdapter] = root.__dict__.setdefault(_ATTACHED, {})
@@ -70,6 +71,17 @@ def _refuse_quantized(root: nn.Module, plan: AdapterPlan) -> None:
             )
 
 
+def _refuse_place(root: nn.Module, adapter: Adapter, plan: AdapterPlan) -> None:
+    for site in (addition.site for addition in plan.additions if addition.site.kind == "attention"):
+        places = getattr(attention_site(root.get_submodule(site.name)), "places", ("before_projection",))
+        if adapter.place not in places:
+            raise InputError(
+                f"{site.name} takes the results of prompts {' or '.join(places)}, not {adapter.place}.",
+                fix="Choose another place. after_projection needs a zoo.adapters.base.AttentionSite that has it in its "
+                "places, and heads that together are as wide as the model.",
+            )
+
+
 def _add(root: nn.Module, adapter: Adapter, addition: Addition, name: str) -> Part | AttentionPart:
     module = root.get_submodule(addition.site.name)
     if addition.site.kind == "attention":
@@ -85,11 +97,11 @@ def _add(root: nn.Module, adapter: Adapter, addition: Addition, name: str) -> Pa
 
 def _add_prompts(adapter: Adapter, addition: Addition, module: nn.Module, name: str) -> AttentionPart:
     site = attention_site(module)
-    prompts: Prompts | None = module.__dict__.get(_PROMPTS)
-    if prompts is None:
-        prompts = Prompts()
-        module.__dict__[_PROMPTS] = prompts  # not a submodule: the site puts it where it belongs
-        site.install(prompts)
+    by_place: dict[Place, Prompts] = module.__dict__.setdefault(_PROMPTS, {})
+    if adapter.place not in by_place:
+        by_place[adapter.place] = Prompts()  # not a submodule: the site puts it where it belongs
+        site.install(by_place[adapter.place], *(() if adapter.place == "before_projection" else (adapter.place,)))
+    prompts = by_place[adapter.place]
     part = adapter.attention_part(addition, site).train(module.training)
     prompts.parts[name] = part
     prompts.active = (*prompts.active, name)
@@ -135,8 +147,17 @@ class AttachedAdapter:
         return base.get_parameter(leaf)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What training has changed: new parameters by site, and unfrozen ones under their own names."""
-        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+        """What the adapter is: new parameters and persistent buffers by site, unfrozen ones under their own names."""
+        return {name: tensor.detach() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = {
+            f"{site}.{key}": tensor
+            for site, part in self._parts.items()
+            for key, tensor in part.state_dict(keep_vars=True).items()
+            if not isinstance(tensor, nn.Parameter)
+        }
+        return {**self.trainable(), **buffers}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy values in; nothing is copied unless all fit.
@@ -144,7 +165,7 @@ class AttachedAdapter:
         Raises:
             InputError: a key is missing or unexpected, or a shape is another.
         """
-        own = self.trainable()
+        own = self._tensors()
         problems = [f"{key} is missing" for key in own if key not in state]
         problems += [f"{key} is unknown" for key in state if key not in own]
         problems += [
@@ -160,7 +181,7 @@ class AttachedAdapter:
                 parameter.copy_(state[key])
 
     def save(self, directory: str | Path) -> list[str]:
-        """Write an adapter directory; a LoRA as PEFT does. Returns what a reader should know, one line each.
+        """Write an adapter directory, as PEFT does what it has. Returns what a reader should know, one line each.
 
         Raises:
             InputError: the layout can not hold it.
@@ -306,6 +327,6 @@ class AttachedAdapter:
         return map(self._holder, self.plan.additions)
 
     def _holder(self, addition: Addition) -> Adapted | Prompts:
-        module = self.root.get_submodule(addition.site.name)
-        holder: Adapted | Prompts = module if isinstance(module, Adapted) else module.__dict__[_PROMPTS]
+        module, place = self.root.get_submodule(addition.site.name), self.adapter.place
+        holder: Adapted | Prompts = module if isinstance(module, Adapted) else module.__dict__[_PROMPTS][place]
         return holder

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from zoo.plan.sites import AdapterPlan, Addition, Site
+from zoo.plan.sites import AdapterPlan, Addition, Place, Site
 
 
 class AdapterOptions(Protocol):
@@ -47,7 +47,7 @@ class AttentionPart(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, q_BTNH: Tensor) -> Tensor:
-        """To be added to the heads' results before their projection, (B, T, N, H)."""
+        """To be added to the heads' results, or after their projection: `Adapter.place`. (B, T, N, H)."""
 
 
 class AttentionSite(Protocol):
@@ -60,12 +60,19 @@ class AttentionSite(Protocol):
     scale: float
     """The factor on the scores."""
     device: torch.device
+    places: tuple[Place, ...]
+    """What `install` can do; a site that says nothing is taken to know ``before_projection`` alone."""
 
     def prompt_kv(self, prompt_PD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (P, K, H) of P vectors, with the layer's own projections and without positions."""
 
-    def install(self, prompts: nn.Module) -> None:
-        """Have the layer call ``prompts(q_BTNH, y_BTNH)``, as attended and before the projection, for its result."""
+    def install(self, prompts: nn.Module, place: Place = "before_projection") -> None:
+        """Have the layer call ``prompts(q_BTNH, y_BTNH)``, with the queries as attended, for its result.
+
+        ``before_projection``: y are the heads' results, and what is returned is projected in their place.
+        ``after_projection``: y is the layer's result, seen as heads, and what is returned is the result instead. Only
+        where the heads together are as wide as the model.
+        """
 
 
 class Adapter:
@@ -82,6 +89,11 @@ class Adapter:
 
     def __init__(self, options: Any, name: str = "") -> None:
         self.options, self.name = options, name
+
+    @property
+    def place(self) -> Place:
+        """Where its attention parts add their results."""
+        return "before_projection"
 
     def part(self, addition: Addition, base: nn.Module) -> Part:
         """The new module of a planned site, with exactly the planned parameters, as it is before training."""
@@ -132,7 +144,7 @@ class Prompts(nn.Module):
         self.active: tuple[str, ...] = ()
 
     def forward(self, q_BTNH: Tensor, y_BTNH: Tensor) -> Tensor:
-        """The heads' results (B, T, N, H) with what the parts add."""
+        """The results (B, T, N, H), of the heads or of the layer, with what the parts add."""
         for name in self.active:
             y_BTNH = y_BTNH + self.parts[name](q_BTNH)
         return y_BTNH

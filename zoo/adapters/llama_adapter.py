@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.adapters.base import Adapter, AttentionPart, AttentionSite, Part
 from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options
 from zoo.adapters.weights import device_of
-from zoo.plan.sites import Addition
+from zoo.plan.sites import Addition, Place
 
 
 class LLaMAAdapter(Adapter):
@@ -21,6 +21,11 @@ class LLaMAAdapter(Adapter):
 
     options_type: ClassVar[type] = LLaMAAdapterOptions
     options: LLaMAAdapterOptions
+
+    @property
+    def place(self) -> Place:
+        """As its options say."""
+        return self.options.place
 
     def attention_part(self, addition: Addition, site: AttentionSite) -> AttentionPart:
         """Prompts from N(0, 1) as in the released code, gates of zero, in float32."""

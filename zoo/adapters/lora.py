@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685), with rank-stabilized scaling (2312.03732) and DoRA (2402.09353).
+"""LoRA (arXiv 2106.09685), with rank-stabilized scaling (2312.03732), DoRA (2402.09353) and PiSSA (2404.02948).
 
-Shape letters: D_in, D_out of a site, R rank, V vocabulary, D model width.
+Shape letters: D_in, D_out of a site, R rank, L equal parts of its outputs, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class LoRA(Adapter):
 
     def part(self, addition: Addition, base: nn.Module) -> Part:
         """Makes A and B in float32 on the device of the base."""
+        linear = PiSSALinear if self.options.init == "pissa" else LoRALinear
         kinds: dict[str, Callable[[Addition, nn.Module, LoRAOptions], LoRAPart]]
-        kinds = {"linear": LoRALinear, "embedding": LoRAEmbedding, "conv": LoRAConv}
-        part = kinds[addition.site.kind](addition, base, self.options)
+        kinds = {"linear": linear, "embedding": LoRAEmbedding, "conv": LoRAConv}
+        kind = LoRAOfParts if self.options.part_ranks(addition.site) else kinds[addition.site.kind]
+        part = kind(addition, base, self.options)
         part.reset(base, self.options)
         return part
 
@@ -56,10 +58,7 @@ class LoRAPart(Part):
     def reset(self, base: nn.Module, options: LoRAOptions) -> None:
         """As before training: B A is zero."""
         nn.init.zeros_(self.lora_B)
-        if options.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
-        else:
-            nn.init.kaiming_uniform_(self.lora_A.view(self.lora_A.shape[0], -1), a=math.sqrt(5))
+        _start(self.lora_A, options)
 
     @abstractmethod
     def update(self) -> Tensor:
@@ -67,6 +66,13 @@ class LoRAPart(Part):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.float() + self.update(), bias
+
+
+def _start(A: Tensor, options: LoRAOptions) -> None:
+    if options.init == "gaussian":
+        nn.init.normal_(A, std=1 / A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(A.view(A.shape[0], -1), a=math.sqrt(5))
 
 
 class LoRALinear(LoRAPart):
@@ -96,6 +102,73 @@ class LoRALinear(LoRAPart):
         if "lora_magnitude" in self._parameters:
             merged = merged * (self.lora_magnitude / merged.norm(dim=1))[:, None]
         return merged, bias
+
+
+class PiSSALinear(LoRALinear):
+    """LoRA that starts as the R principal singular triples of the weight, A0 (R, D_in) and B0 (D_out, R).
+
+    PiSSA takes them off the weight and trains them: W - scaling * B0 A0 + scaling * B A. Here the weight stays as it
+    is, and the same function is computed as W + scaling * (B A - B0 A0). A0 and B0 are not trained.
+
+    They are in the state all the same: computed anew from the same weight they are others. The signs of singular
+    vectors are free, vectors of close singular values turn by far more than rounding, and B0 A0 with them; and the
+    weight itself may have another precision by then. With them, a state holds on any copy of the weights.
+    """
+
+    lora_A0: Tensor
+    lora_B0: Tensor
+
+    def __init__(self, addition: Addition, base: nn.Module, options: LoRAOptions) -> None:
+        super().__init__(addition, base, options)
+        self.register_buffer("lora_A0", torch.empty_like(self.lora_A, requires_grad=False))
+        self.register_buffer("lora_B0", torch.empty_like(self.lora_B, requires_grad=False))
+
+    def reset(self, base: nn.Module, options: LoRAOptions) -> None:
+        U, S, Vh = torch.linalg.svd(weight_of(base), full_matrices=False)
+        rank = self.lora_A.shape[0]
+        roots = (S[:rank] / self.scaling).sqrt()
+        with torch.no_grad():
+            for A in (self.lora_A, self.lora_A0):
+                A.copy_(roots[:, None] * Vh[:rank])
+            for B in (self.lora_B, self.lora_B0):
+                B.copy_(U[:, :rank] * roots)
+
+    def update(self) -> Tensor:
+        return super().update() - self.scaling * self.lora_B0.float() @ self.lora_A0.float()
+
+    def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        trained = F.linear(project(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
+        start = F.linear(project(x, self.lora_A0) * self.scaling, self.lora_B0)  # of the weight: without dropout
+        return y + (trained - start).to(y.dtype)
+
+
+class LoRAOfParts(LoRAPart):
+    """LoRA of L equal parts of a linear's outputs, some of which may have none.
+
+    Part i has R_i rows of A (R_1 + ... + R_L, D_in), as many columns of B (D_out / L, R_1 + ... + R_L), and a scaling
+    for that rank.
+    """
+
+    def __init__(self, addition: Addition, base: nn.Module, options: LoRAOptions) -> None:
+        super().__init__(addition, base, options)
+        self.ranks, self.scalings = options.part_ranks(addition.site), options.part_scalings(addition.site)
+
+    def reset(self, base: nn.Module, options: LoRAOptions) -> None:
+        nn.init.zeros_(self.lora_B)
+        for A in self.lora_A.detach().split([rank for rank in self.ranks if rank]):
+            _start(A, options)
+
+    def update(self) -> Tensor:
+        As, Bs = self.lora_A.float().split(self.ranks), self.lora_B.float().split(self.ranks, dim=1)
+        return torch.cat([scaling * B @ A for A, B, scaling in zip(As, Bs, self.scalings, strict=True)])
+
+    def after(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        projected = project(self.dropout(x), self.lora_A).split(self.ranks, dim=-1)
+        parts = list(y.chunk(len(self.ranks), dim=-1))
+        for i, B in enumerate(self.lora_B.split(self.ranks, dim=1)):
+            if self.ranks[i]:
+                parts[i] = parts[i] + F.linear(projected[i] * self.scalings[i], B).to(y.dtype)
+        return torch.cat(parts, dim=-1)
 
 
 class LoRAEmbedding(LoRAPart):

@@ -1,6 +1,7 @@
 """The options of the built-in adapters, and what each would do to a model: arithmetic over sites, without torch.
 
-Shape letters: D_in, D_out of a site, R rank, V vocabulary, D model width, N heads, P prompt.
+Shape letters: D_in, D_out of a site, R rank, L equal parts of its outputs, V vocabulary, D model width, N heads,
+P prompt.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar, get_args
 
-from zoo.errors import InputError
+from zoo.errors import InputError, UnknownNameError
 from zoo.plan.sites import ALL_LINEAR, AdapterPlan, Addition, Kind, Site, choose_sites, last_layers
 
 Shapes = dict[str, tuple[int, ...]]
+Init = Literal["default", "gaussian", "pissa"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class LoRAOptions:
         dora: learn the norm of every output apart (DoRA).
         rank_pattern, alpha_pattern: other values for the sites whose name ends in a match of the key.
         modules_to_save: names, ends of names or roles of sites that are trained in full beside it.
-        init: A is uniform (Kaiming), or ``gaussian`` with deviation 1 / r; B is zero.
+        init: A is uniform (Kaiming), or ``gaussian`` with deviation 1 / r, and B is zero; or ``pissa``: A and B are the
+            principal part of the weight, which is taken off it again (linears only).
+        parts: for linears whose name ends in a match of the key, the rank of each of the equal parts of their outputs,
+            0 for a part without an update: ``{"c_attn": (8, 0, 8)}`` adapts q and v of a fused projection.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
@@ -47,24 +53,35 @@ class LoRAOptions:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
-    init: Literal["default", "gaussian"] = "default"
+    init: Init = "default"
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank(self, site: Site) -> int:
-        """Rank at a site."""
-        return int(by_pattern(self.rank_pattern, site.name, self.r))
+        """Rank at a site; where its outputs are divided, that of all parts together."""
+        return sum(self.part_ranks(site)) or int(by_pattern(self.rank_pattern, site.name, self.r))
 
-    def scaling(self, site: Site) -> float:
-        """Factor on B A at a site."""
-        rank = self.rank(site)
+    def part_ranks(self, site: Site) -> tuple[int, ...]:
+        """Rank of each of the L equal parts of a site's outputs; empty where they are not divided."""
+        return tuple(by_pattern(self.parts, site.name, ()))
+
+    def scaling(self, site: Site, rank: int | None = None) -> float:
+        """Factor on B A at a site, for its rank or that of one of its parts."""
+        rank = self.rank(site) if rank is None else rank
         return by_pattern(self.alpha_pattern, site.name, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+    def part_scalings(self, site: Site) -> tuple[float, ...]:
+        """Factor on B A of each part of a site's outputs; 0 where there is no update."""
+        return tuple(self.scaling(site, rank) if rank else 0.0 for rank in self.part_ranks(site))
 
     def plan(self, sites: Sequence[Site]) -> AdapterPlan:
         """A and B at each target.
 
         Raises:
-            InputError: a rank is no positive number or larger than the site, a number is out of range, a target names
-                no site.
+            InputError: a rank is no positive number or larger than the site, a number is out of range, a target or a
+                key of ``parts`` names no site, or ``dora``, ``pissa`` or ``parts`` can not be had at one.
         """
+        if self.init not in get_args(Init):
+            raise UnknownNameError("init of LoRA", str(self.init), get_args(Init))
         if not 0 <= self.dropout < 1:
             raise InputError(f"a dropout of {self.dropout} is out of range: it is at least 0 and below 1.")
         targets = self.targets if self.targets is not None else default_targets(sites)
@@ -72,15 +89,52 @@ class LoRAOptions:
         chosen = [site for site in chosen if self.layers is None or site.layer in self.layers]
         if not chosen:
             raise InputError(f"none of the targets {', '.join(targets)} lies in the layers {self.layers}.")
+        self._check_keys_of_parts(chosen)
         whole = choose_sites(sites, self.modules_to_save, ("linear", "conv", "embedding", "norm"))
         unfrozen = {name: shape for site in whole for name, shape in site.parameters.items()}
         with_bias = {"none": [], "all": sites, "lora_only": chosen}[self.bias]
         unfrozen |= _biases(with_bias)
         return AdapterPlan(tuple(Addition(site, self._shapes(site)) for site in chosen), unfrozen)
 
+    def _check_keys_of_parts(self, chosen: Sequence[Site]) -> None:
+        for key, ranks in self.parts.items():
+            if not isinstance(ranks, tuple | list) or not ranks:
+                raise InputError(
+                    f"parts of {key!r} are {ranks!r}, and should be a rank for each.", fix="Such as (8, 0, 8)."
+                )
+            if not any(by_pattern({key: True}, site.name, False) for site in chosen):
+                roles = ", ".join(dict.fromkeys(site.role for site in chosen))
+                raise InputError(f"parts has the key {key!r}, which names none of the targets: {roles}.")
+
     def _shapes(self, site: Site) -> Shapes:
-        if self.dora and site.kind != "linear":
-            raise InputError(f"dora takes linears, and {site.name} is of the kind {site.kind}.", fix="Leave it out.")
+        special = {"dora": self.dora, "pissa": self.init == "pissa", "parts": bool(self.part_ranks(site))}
+        methods = [name for name, is_wanted in special.items() if is_wanted]
+        if methods and site.kind != "linear":
+            raise InputError(
+                f"{methods[0]} takes linears, and {site.name} is of the kind {site.kind}.", fix="Leave it out."
+            )
+        if len(methods) > 1:
+            raise InputError(f"{site.name} can not have both {methods[0]} and {methods[1]}.", fix="Leave one out.")
+        if self.init == "pissa" and self.scaling(site) <= 0:
+            raise InputError(f"pissa needs an alpha above 0, and {site.name} is scaled by {self.scaling(site)}.")
+        return self._part_shapes(site) if self.part_ranks(site) else self._plain_shapes(site)
+
+    def _part_shapes(self, site: Site) -> Shapes:
+        ranks, (d_out, d_in) = self.part_ranks(site), site.shape
+        if d_out % len(ranks):
+            raise InputError(f"the {d_out} outputs of {site.name} can not be divided into {len(ranks)} equal parts.")
+        width = d_out // len(ranks)
+        if min(ranks) < 0 or not any(ranks):
+            raise InputError(f"ranks of {ranks} at {site.name} are out of range: none is below 0, and one is above.")
+        if max(ranks) > min(width, d_in):
+            raise InputError(
+                f"a rank of {max(ranks)} is too large for a part of {site.name}, which has {d_in} inputs and {width} "
+                "outputs.",
+                fix=f"Take {min(width, d_in)} or less.",
+            )
+        return {"lora_A": (sum(ranks), d_in), "lora_B": (width, sum(ranks))}
+
+    def _plain_shapes(self, site: Site) -> Shapes:
         rank, (d_out, d_in) = self.rank(site), (site.shape[0], prod(site.shape[1:]))
         if rank < 1:
             raise InputError(f"a rank of {rank} is out of range: it is at least 1.")
@@ -104,7 +158,7 @@ def default_targets(sites: Sequence[Site]) -> tuple[str, ...]:
     return ("attn.q", "attn.v") if {"attn.q", "attn.v"} <= roles else (ALL_LINEAR,)
 
 
-def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def by_pattern(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first key, a regular expression, that the name ends in from the start of a component (PEFT)."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
@@ -119,7 +173,7 @@ class IA3Options:
 
     Attributes:
         targets: linears whose outputs are scaled.
-        feedforward: linears whose inputs are scaled instead.
+        feedforward: linears whose inputs are scaled instead, also where ``targets`` names them too.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
@@ -132,9 +186,10 @@ class IA3Options:
         Raises:
             UnknownNameError: a target names no linear.
         """
-        outputs = [Addition(s, {"ia3_output": s.shape[:1]}) for s in choose_sites(sites, self.targets, ("linear",))]
-        inputs = [Addition(s, {"ia3_input": s.shape[1:]}) for s in choose_sites(sites, self.feedforward, ("linear",))]
-        return AdapterPlan(tuple(outputs + inputs))
+        inside = choose_sites(sites, self.feedforward, ("linear",))
+        outside = [site for site in choose_sites(sites, self.targets, ("linear",)) if site not in inside]
+        outputs = [Addition(site, {"ia3_output": site.shape[:1]}) for site in outside]
+        return AdapterPlan((*outputs, *(Addition(site, {"ia3_input": site.shape[1:]}) for site in inside)))
 
 
 @dataclass(frozen=True)
@@ -146,6 +201,8 @@ class LLaMAAdapterOptions:
         layers: so many of the topmost layers have prompts; ``None``: all but the first two.
         gate: what bounds the gate: ``tanh`` as in the paper's code, ``linear`` as in LitGPT and PEFT.
         gate_per: a gate for each ``head``, or one for the ``layer``.
+        place: where the result is added: to the heads' results, ``before_projection``, or as PEFT does on GPT-2 to
+            the layer's, ``after_projection``, unprojected.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("attention",)
@@ -153,6 +210,7 @@ class LLaMAAdapterOptions:
     layers: int | None = None
     gate: Literal["tanh", "linear"] = "tanh"
     gate_per: Literal["head", "layer"] = "head"
+    place: Literal["before_projection", "after_projection"] = "before_projection"
 
     def plan(self, sites: Sequence[Site]) -> AdapterPlan:
         """Prompts (P, D) and gates at the topmost attention layers.

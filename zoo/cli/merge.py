@@ -42,13 +42,13 @@ def command(
     import torch
 
     from zoo.api import checkpoints_directory, choose_device
+    from zoo.convert.adapter_directory import check_adapter
     from zoo.convert.load import open_checkpoint
-    from zoo.convert.peft import read_config
     from zoo.merging import merge_adapter
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
 
-    read_config(adapter)  # before a download
+    check_adapter(adapter)  # before a download
     found = resolve_model(
         model, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note
     )

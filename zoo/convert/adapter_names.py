@@ -5,12 +5,12 @@ Shape letters: D_out, D_in of a site, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from zoo.errors import FileFormatError
+from zoo.errors import FileFormatError, InputError
 from zoo.families.base import KeyMap, Rule
 from zoo.families.transforms import Transposed
 from zoo.spec import ModelSpec
@@ -20,7 +20,23 @@ Parts = list[str]
 
 
 class OwnNames:
-    """Of a module that is used as it is: the same on both sides."""
+    """Of a module that is used as it is: the same on both sides.
+
+    Args:
+        modules: all that it has, where a reader should know when a file lacks one.
+    """
+
+    model_type: str | None = None
+    """What ``transformers`` calls the kind of model, where the names are those of one."""
+    spec: ModelSpec | None = None
+    """Of a decoder of ours."""
+
+    def __init__(self, modules: Iterable[str] = ()) -> None:
+        self._all = list(modules)
+
+    def modules(self) -> list[str]:
+        """Every module outside that has a weight, as far as they are known."""
+        return self._all
 
     def sites(self, module: str) -> Parts:
         """Our sites of a module outside."""
@@ -46,15 +62,28 @@ class OwnNames:
         """The inverse of `split`."""
         return rows[0]
 
+    def attention_site(self, module: str) -> str:
+        """Our site of an attention layer outside."""
+        return module
+
+    def attention_module(self, site: str) -> str:
+        """The attention layer outside that is a site of ours."""
+        return site
+
 
 class FamilyNames(OwnNames):
-    """Of a decoder of ours: by its family's key map."""
+    """Of a decoder of ours: by its family's key map.
 
-    def __init__(self, keys: KeyMap, spec: ModelSpec) -> None:
+    Args:
+        model_type: the family's, for formats that depend on it.
+    """
+
+    def __init__(self, keys: KeyMap, spec: ModelSpec, model_type: str | None = None) -> None:
         rules = [rule for rule in keys.rules(spec) if rule.stored.endswith(".weight")]
         self._rules = {rule.stored.removesuffix(".weight"): rule for rule in rules}
-        self._modules = {_site(name): module for module, rule in self._rules.items() for name in rule.ours}
-        self._spec = spec
+        self._modules = {_parent(name): module for module, rule in self._rules.items() for name in rule.ours}
+        self.spec, self.model_type = spec, model_type
+        super().__init__(self._rules)
 
     def sites(self, module: str) -> Parts:
         """Our sites of a module outside.
@@ -62,10 +91,16 @@ class FamilyNames(OwnNames):
         Raises:
             FileFormatError: the model has no such module.
         """
-        return [_site(name) for name in self._rule(module).ours]
+        return [_parent(name) for name in self._rule(module).ours]
 
     def module(self, site: str) -> str:
-        """The module outside that holds a site of ours."""
+        """The module outside that holds a site of ours.
+
+        Raises:
+            InputError: none does, as for a head whose weight is the embedding's.
+        """
+        if site not in self._modules:
+            raise InputError(f"the family's files have no module of its own for {site}")
         return self._modules[site]
 
     def is_transposed(self, module: str) -> bool:
@@ -77,8 +112,16 @@ class FamilyNames(OwnNames):
         return [shape[0] for shape in self._rule(module).shapes]
 
     def split(self, module: str, rows: Tensor) -> list[Tensor]:
-        """A tensor (D_out, ...) of a module outside, by our sites."""
+        """A tensor (D_out, ...) of a module outside, by our sites.
+
+        Raises:
+            FileFormatError: it has another number of rows than the module that holds several of ours.
+        """
         rule = self._rule(module)
+        if len(rule.ours) > 1 and len(rows) != sum(self.outputs(module)):
+            raise FileFormatError(
+                f"the adapter has {len(rows)} rows for {module}, which has {sum(self.outputs(module))} outputs."
+            )
         if rule.transform.moves_rows:
             return rule.split_rows(rows)
         return list(rows.split(self.outputs(module)))
@@ -88,11 +131,27 @@ class FamilyNames(OwnNames):
         rule = self._rule(module)
         return rule.merge(rows) if rule.transform.moves_rows else torch.cat(list(rows))
 
+    def attention_site(self, module: str) -> str:
+        """Our site of an attention layer outside: that of its queries.
+
+        Raises:
+            FileFormatError: the model has no such layer.
+        """
+        queries = (site for site, outside in self._modules.items() if _parent(outside) == module)
+        site = next((site for site in queries if site.endswith(".attn.q")), None)
+        if site is None:
+            raise FileFormatError(f"the adapter has prompts for {module}, and the model has no such attention layer.")
+        return _parent(site)
+
+    def attention_module(self, site: str) -> str:
+        """The attention layer outside that is a site of ours."""
+        return _parent(self.module(f"{site}.q"))
+
     def _rule(self, module: str) -> Rule:
         if module not in self._rules:
             raise FileFormatError(f"the adapter has weights for {module}, and the model has no such module.")
         return self._rules[module]
 
 
-def _site(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -182,8 +182,14 @@ def parameter_slots(
 
     Raises:
         FileFormatError: as `Checkpoint.located`.
+        InputError: the model is a module of its family's own, without the parameters that the format has.
     """
     parameters = ParameterReader(checkpoint)
+    if missing := [name for rule in rules for name in rule.ours if not parameters.has(name)]:
+        raise InputError(
+            f"a model of the family {checkpoint.family.name!r} has no {missing[0]}, which this format is made of.",
+            fix="Write it with --to hf.",
+        )
 
     def slot(rule: Rule) -> TensorSlot:
         written = dtype or parameters.dtype(rule.ours[0])
@@ -252,6 +258,10 @@ class ParameterReader:
         if checkpoint.spec.tie_embeddings:
             self._located["head.weight"] = self._located["embed.weight"]
         self._held: tuple[str, list[Tensor]] = ("", [])
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name."""
+        return name in self._located
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the stored tensor that holds a parameter."""

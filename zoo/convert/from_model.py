@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from zoo.adapters.attach import attached_to
 from zoo.adapters.discover import parameters_of
 from zoo.convert.base import Checkpoint, what_is_lost
-from zoo.errors import InputError
+from zoo.errors import InputError, MissingTokenizerError
 from zoo.families.base import Family, Rule
 from zoo.spec import ModelSpec
+from zoo.text.tokenizer import Tokenizer
 
 _BIASES = {
     "qkv_bias": ("attn.q", "attn.k", "attn.v"),
@@ -45,6 +47,7 @@ def from_model(model: nn.Module, origin: Checkpoint) -> Checkpoint:
     if family.build is None:
         spec = _with_biases(family, spec, parameters)
     rules = family.keys.rules(spec)
+    _check_shapes(rules, parameters)
     known = {name for rule in rules for name in rule.ours} | ({"head.weight"} if spec.tie_embeddings else set())
     if unknown := [name for name in parameters if name not in known]:
         raise InputError(f"files of the family {family.name!r} have no place for {', '.join(unknown[:4])}.")
@@ -60,6 +63,36 @@ def from_model(model: nn.Module, origin: Checkpoint) -> Checkpoint:
         quantizer=None,
         integers=lambda stored: None,
     )
+
+
+def fresh_checkpoint(family: Family, spec: ModelSpec, directory: Path, tokenizer: Tokenizer | None) -> Checkpoint:
+    """The origin of a model that came from no file and is to be written to ``directory``."""
+
+    def load_tokenizer() -> Tokenizer:
+        if tokenizer is None:
+            raise MissingTokenizerError(f"the model that was saved to {directory} had no tokenizer.")
+        return tokenizer
+
+    return Checkpoint(
+        path=directory,
+        family=family,
+        spec=spec,
+        keys=family.keys,
+        tensors=ModelTensors([], {}),
+        config=family.write_config(spec),
+        load_tokenizer=load_tokenizer,
+    )
+
+
+def _check_shapes(rules: Sequence[Rule], parameters: Mapping[str, Tensor]) -> None:
+    for rule in rules:
+        for name, shape in zip(rule.ours, rule.shapes, strict=True):
+            found = tuple(parameters[name].shape) if name in parameters else None
+            if found != shape and not (found is None and name.endswith(".bias")):
+                raise InputError(
+                    f"the model's {name} is {found}, and the spec that it is to be saved with has {shape}.",
+                    fix="Give what it was built with.",
+                )
 
 
 def _with_biases(family: Family, spec: ModelSpec, parameters: Mapping[str, Tensor]) -> ModelSpec:

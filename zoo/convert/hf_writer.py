@@ -106,7 +106,7 @@ def write_companions(
     write_provenance(
         directory,
         Provenance(known.source, known.model, digests),
-        converted_from=checkpoint.path.name,
+        **({"converted_from": checkpoint.path.name} if checkpoint.path.exists() else {}),
         family=checkpoint.family.name,
         spec=checkpoint.spec.to_dict(),
     )

@@ -68,7 +68,7 @@ class LitGPT:
             FileFormatError: a file is damaged or missing, or the weights are of LitGPT before 0.5.5.
             InputError: the config says something that zoo does not understand, or that no family of zoo computes.
         """
-        settings = _read_config(path / CONFIG)
+        settings = read_settings(path / CONFIG)
         tensors = _read_weights(path / WEIGHTS)
         head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
         tied = head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr()
@@ -122,7 +122,12 @@ def _yaml() -> Any:
     return yaml
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What one of LitGPT's YAML files says.
+
+    Raises:
+        FileFormatError: it is damaged.
+    """
     from ruamel.yaml.error import YAMLError
 
     try:

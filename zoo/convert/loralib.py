@@ -16,10 +16,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from zoo.convert.adapter_files import StoredAdapter
 from zoo.convert.adapter_names import OwnNames
-from zoo.convert.peft import StoredAdapter
 from zoo.convert.torch_file import checked_tensors, load_torch_file, some, without_prefix
 from zoo.errors import FileFormatError, InputError
 from zoo.plan.sites import Site
@@ -31,11 +32,15 @@ _PARALLEL = "module."
 
 @dataclass(frozen=True)
 class _Update:
-    """What is added at one of our sites: A (n R, D_in) and B (D_out, n R), of n of the module's parts."""
+    """What is added at one of our sites: A (n R, D_in) and B (D_out, n R), of n of the module's parts.
+
+    Where the site is the whole module, and fused, ``ranks`` are those of its L parts, and B is (D_out / L, n R).
+    """
 
     A: Tensor
     B: Tensor
     n_parts: int = 1
+    ranks: tuple[int, ...] = ()
 
 
 def read_loralib(
@@ -48,9 +53,9 @@ def read_loralib(
 ) -> StoredAdapter:
     """Read an adapter for a model with these sites, whose modules are named so outside.
 
-    A fused linear of the model's own, and a site that rows of several parts end up in, gets one LoRA of rank K R, with
-    A stacked and B block-diagonal, and the scaling of its parts. It computes the same; trained on, the zeros beside
-    the blocks train too.
+    A fused linear that the model has as one, too, gets a LoRA of parts, and trains on as it does there. A site that
+    rows of several parts end up in gets one LoRA of rank n R, with A stacked and B block-diagonal, and the scaling of
+    its parts. It computes the same; trained on, the zeros beside the blocks train too.
 
     Args:
         alpha: ``lora_alpha``, which the file does not hold.
@@ -58,7 +63,7 @@ def read_loralib(
 
     Raises:
         FileFormatError: the file is missing or damaged, may have been saved while merged, holds a convolution or
-            anything else that is no LoRA or bias, or the model lacks a module of it.
+            anything else that is no LoRA or bias, the model lacks a module of it, or a rank is above that of a weight.
         InputError: ``enabled`` is needed, or does not fit.
     """
     by_name = {site.name: site for site in sites}
@@ -78,6 +83,8 @@ def read_loralib(
             biases |= _split_bias(module, tensors[f"{module}.bias"], inside, names, path)
     if not updates:
         raise FileFormatError(f"{path} holds no LoRA weights.", fix="Save lora.lora_state_dict(model) with loralib.")
+    for name, update in updates.items():
+        _check_rank(by_name[name], update, path)
     bias = _bias_option(biases, updates, idle, by_name, path)
     state = {f"{name}.lora_A": update.A for name, update in updates.items()}
     state |= {f"{name}.lora_B": update.B for name, update in updates.items()}
@@ -152,6 +159,9 @@ class _Module:
             return {self.sites[0].name: _Update(A, B)}
         active = self._active(A, B, enabled)
         rank = B.shape[1]
+        if len(active) > 1 and self._is_one_site():
+            blocks = torch.cat(B.chunk(sum(active)), dim=1)
+            return {self.sites[0].name: _Update(A, blocks, ranks=tuple(rank if part else 0 for part in active))}
         rows = self.names.split(self.name, _block_diagonal(B, active))
         marks = self.names.split(self.name, _block_diagonal(B.new_ones(len(B), 1), active))
         found = {}
@@ -161,6 +171,11 @@ class _Module:
                 columns = used.repeat_interleave(rank)
                 found[site.name] = _Update(A[columns], site_rows[:, columns].contiguous(), int(used.sum()))
         return found
+
+    def _is_one_site(self) -> bool:
+        """Whether the model has this module as it is in the file, with the outputs in the same order."""
+        rows = torch.arange(self.sites[0].shape[0])
+        return len(self.sites) == 1 and torch.equal(self.names.split(self.name, rows)[0], rows)
 
     def _active(self, A: Tensor, B: Tensor, enabled: Sequence[bool] | None) -> list[bool]:
         """For each of the L parts whether it is active; L and K follow from the shapes, and K = L = 1 is a `Linear`."""
@@ -209,6 +224,20 @@ def _block_diagonal(B: Tensor, active: Sequence[bool]) -> Tensor:
     return wide.view(len(active) * width, -1)
 
 
+def _check_rank(site: Site, update: _Update, path: Path) -> None:
+    """Whether the site can have the rank, of a part if it is divided."""
+    rank = max(update.ranks, default=update.B.shape[1])
+    d_out, d_in = site.shape[0] // (len(update.ranks) or 1), prod(site.shape[1:])
+    if rank > min(d_out, d_in):
+        of = "a part of " if update.ranks else ""
+        together = f", where {update.n_parts} of its parts come together" if update.n_parts > 1 else ""
+        raise FileFormatError(
+            f"{path} holds LoRA of rank {rank} for {of}{site.name}{together}. With {d_in} inputs and {d_out} outputs "
+            f"the rank that zoo's LoRA can have there is {min(d_out, d_in)}.",
+            fix="Merge it into the weights with loralib.",
+        )
+
+
 def _split_bias(module: str, bias: Tensor, inside: Sequence[Site], names: OwnNames, path: Path) -> dict[str, Tensor]:
     width = sum(site.shape[0] for site in inside)
     if tuple(bias.shape) != (width,) or not all(site.has_bias for site in inside):
@@ -247,7 +276,7 @@ def _bias_option(
 
 
 def _options(updates: Mapping[str, _Update], alpha: float, bias: str, by_name: Mapping[str, Site]) -> dict[str, Any]:
-    ranks = {name: update.B.shape[1] for name, update in updates.items()}
+    ranks = {name: max(update.ranks, default=update.B.shape[1]) for name, update in updates.items()}
     alphas = {name: alpha * update.n_parts for name, update in updates.items()}
     r, usual = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
@@ -257,6 +286,7 @@ def _options(updates: Mapping[str, _Update], alpha: float, bias: str, by_name: M
         "bias": bias,
         "rank_pattern": {_pattern(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_pattern(name): value for name, value in alphas.items() if value != usual},
+        "parts": {_pattern(name): update.ranks for name, update in updates.items() if update.ranks},
     }
 
 

@@ -79,6 +79,11 @@ class Attention(nn.Module):
         """Lay the weights of q, k and v side by side: see `zoo.models.joint`."""
         join(self.q, self.k, self.v)
 
+    def queries(self, x_BTD: Tensor, rotation: Rotation | None) -> Tensor:
+        """Queries (B, T, N, H), rotated, as `forward` makes them."""
+        q_BTNH: Tensor = self.rotate(self.q_norm(self._heads(self.q(x_BTD))), rotation)
+        return q_BTNH
+
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, before they are rotated, and values (..., K, H) of hidden states (..., D)."""
         return self.k_norm(self._heads(self.k(x))), self._heads(self.v(x))

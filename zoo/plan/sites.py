@@ -13,6 +13,8 @@ from zoo.plan.parameters import parameter_shapes
 from zoo.spec import ModelSpec
 
 Kind = Literal["linear", "conv", "embedding", "norm", "attention"]
+Place = Literal["before_projection", "after_projection"]
+"""Where prompts add their result in an attention layer: to the heads, or to what the projection makes of them."""
 ALL_LINEAR = "all-linear"
 """The target that stands for every linear but the head."""
 

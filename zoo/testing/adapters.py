@@ -10,7 +10,7 @@ return zoo.build("gpt2", n_layers=2, d_model=64, n_heads=4, vocab_size=64, max_s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -62,31 +62,51 @@ class AdapterContract:
         adapter: its registered name.
         options: the options to test it with.
         start_tolerance: largest difference of logits that a fresh adapter may make, by their dtype; else none at all.
+        cache_tolerance: largest difference that decoding with a cache may make, as a part of the largest logit.
         without_gradient: names of trainable parameters, or ends of them, that mathematics gives no gradient.
     """
 
     adapter: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
     start_tolerance: ClassVar[dict[torch.dtype, float]] = {}
+    cache_tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-4, torch.bfloat16: 0.05}
     without_gradient: ClassVar[tuple[str, ...]] = ()
 
     def make_model(self) -> nn.Module:
         """A small model with random weights, the same at every call."""
         raise NotImplementedError
 
+    def registry(self) -> Registry:
+        """Where the adapter is registered; by default all that is installed."""
+        return _registry()
+
+    def tokens(self, model: nn.Module) -> Tensor:
+        """Some input (B, T), always the same."""
+        embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+        return torch.randint(embedding.num_embeddings, (2, 12), generator=torch.Generator().manual_seed(1))
+
     def logits(self, model: nn.Module) -> Tensor:
         """The result (B, T, V) for some input, always the same."""
-        generator = torch.Generator().manual_seed(1)
-        embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
-        tokens_BT = torch.randint(embedding.num_embeddings, (2, 12), generator=generator)
-        result: Any = model(tokens_BT)
+        result: Any = model(self.tokens(model))
         logits: Tensor = getattr(result, "logits", result)
         return logits
+
+    def cached_logits(self, model: nn.Module, lengths: Sequence[int]) -> Tensor | None:
+        """As `logits`, for pieces of these lengths that follow each other through a cache; ``None``: it takes none.
+
+        Override it together with `logits`, or for models whose caches are not made by ``new_cache``, as zoo's are.
+        """
+        new_cache: Any = getattr(model, "new_cache", None)
+        if new_cache is None:
+            return None
+        tokens_BT = self.tokens(model)
+        cache = new_cache(tokens_BT.shape[1], batch=tokens_BT.shape[0])
+        return torch.cat([model(piece, cache=cache) for piece in tokens_BT.split(list(lengths), dim=1)], dim=1)
 
     def attach(self, model: nn.Module, *, name: str = "default", seed: int = 3) -> AttachedAdapter:
         """The adapter on the model."""
         torch.manual_seed(seed)
-        return attach(model, choose_adapter(self.adapter, self.options, _registry()), name=name)
+        return attach(model, choose_adapter(self.adapter, self.options, self.registry()), name=name)
 
     def loss(self, model: nn.Module) -> Tensor:
         """A scalar that depends on every logit in its own way."""
@@ -99,7 +119,7 @@ class AdapterContract:
         assert (found - expected).abs().max() <= self.start_tolerance.get(found.dtype, 0.0)
 
     def test_a_fresh_adapter_changes_nothing(self) -> None:
-        model = self.make_model()
+        model = self.make_model().eval()
         with torch.no_grad():
             before = self.logits(model)
             self.attach(model)
@@ -140,7 +160,7 @@ class AdapterContract:
                     parameter.sub_(0.1 * parameter.grad.sign())
         assert digests(frozen) == before
         moved = digests(handle.state_dict())
-        assert all(moved[n] != state[n] for n in state if not n.endswith(self.without_gradient))
+        assert all(moved[n] != state[n] for n in handle.trainable() if not n.endswith(self.without_gradient))
 
     def test_evaluation_is_deterministic(self) -> None:
         model = self.make_model()
@@ -149,6 +169,19 @@ class AdapterContract:
         model.eval()
         with torch.no_grad():
             assert torch.equal(self.logits(model), self.logits(model))
+
+    def test_cached_equals_uncached(self) -> None:
+        """A prompt, then token by token, as in generation: an adapter may not depend on how a sequence is cut."""
+        model = self.make_model().eval()
+        handle = self.attach(model)
+        randomize(handle)
+        with torch.no_grad():
+            whole = self.logits(model)
+            cached = self.cached_logits(model, [5] + [1] * (whole.shape[1] - 5))
+            if cached is None:
+                pytest.skip(f"{type(model).__name__} takes no cache: override cached_logits for a model that does")
+            difference = (cached - whole).abs().max() / whole.abs().max().clamp(min=1)
+            assert difference <= self.cache_tolerance[whole.dtype]
 
     def test_merging(self) -> None:
         model = self.make_model().eval()
