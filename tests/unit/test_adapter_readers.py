@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import zoo
 from zoo.errors import FileFormatError, InputError
 from zoo.testing.adapters import randomize
 
-SMALL = {"n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_head": 8, "vocab_size": 64, "max_seq_len": 32}
+SMALL: dict[str, Any] = {"n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_head": 8, "vocab_size": 64, "max_seq_len": 32}
 
 
 def test_the_reader_is_chosen_by_what_is_there(tmp_path: Path) -> None:
