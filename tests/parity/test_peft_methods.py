@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import zoo
 from tests import reference
 from tests.parity.test_peft import change, digest, load_base
+from zoo.adapters.llama_adapter import Prompt
 from zoo.api import LanguageModel
 from zoo.errors import FileFormatError, InputError
 from zoo.registry import Registry
@@ -196,6 +197,7 @@ def test_factors_of_zoo(
     ("options", "match"),
     [
         ({"targets": [], "feedforward": ["attn.q"]}, "c_attn"),
+        ({"targets": [], "feedforward": ["attn.q", "attn.k", "attn.v"]}, "c_attn"),
         ({"targets": ["attn.q"], "feedforward": ["attn.k"]}, "c_attn"),
     ],
 )
@@ -347,6 +349,7 @@ def test_a_fused_factor_of_another_size(tmp_path: Path, registry: Registry) -> N
     with pytest.raises(FileFormatError, match=r"143 rows for transformer\.h\.1\.attn\.c_attn, which has 144 outputs"):
         load_base(tmp_path, registry).load_adapter(tmp_path / "adapter")
     save_file({}, file)
+    change(tmp_path / "adapter", target_modules=None)
     with pytest.raises(FileFormatError, match="holds no IA3 weights"):
         load_base(tmp_path, registry).load_adapter(tmp_path / "adapter")
 
@@ -432,6 +435,21 @@ def test_both_places_at_once(tmp_path: Path, registry: Registry) -> None:
         assert torch.equal(lm.model(ids), both)
         after.detach()
         assert torch.equal(lm.model(ids), only_before)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "stablelm-12b", "gpt2"])
+def test_queries_of_both_places(variant: str, tmp_path: Path, registry: Registry) -> None:
+    """Guards the queries that are computed again, which are normalised and rotated as those that attend."""
+    lm, _ = adapted(variant, "llama-adapter", tmp_path, registry, layers=1)
+    lm.adapt("llama-adapter", name="after", layers=1, place="after_projection")
+    seen: list[Tensor] = []
+    prompts = [module for module in lm.model.modules() if isinstance(module, Prompt)]
+    for module in prompts:
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        lm.model(reference.tokens(2, 12))
+    assert len(prompts) == 2
+    assert_close(*seen)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa"], indirect=True)

@@ -13,7 +13,15 @@ import zoo
 from zoo.errors import FileFormatError, InputError
 from zoo.testing.adapters import randomize
 
-SMALL: dict[str, Any] = {"n_layers": 3, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_head": 8, "vocab_size": 64, "max_seq_len": 32}
+SMALL: dict[str, Any] = {
+    "n_layers": 3,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "d_head": 8,
+    "vocab_size": 64,
+    "max_seq_len": 32,
+}
 
 
 def test_the_reader_is_chosen_by_what_is_there(tmp_path: Path) -> None:
