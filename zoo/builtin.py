@@ -65,7 +65,12 @@ def zoo_register_attention(register: Registrar) -> None:
 @hookimpl
 def zoo_register_adapters(register: Registrar) -> None:
     plans = "zoo.adapters.plans"
-    register("lora", "zoo.adapters.lora:LoRA", options=f"{plans}:LoRAOptions", help="low-rank updates; DoRA, rsLoRA")
+    register(
+        "lora",
+        "zoo.adapters.lora:LoRA",
+        options=f"{plans}:LoRAOptions",
+        help="low-rank updates; DoRA, rsLoRA, PiSSA",
+    )
     register(
         "llama-adapter",
         "zoo.adapters.llama_adapter:LLaMAAdapter",

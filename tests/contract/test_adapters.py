@@ -90,7 +90,7 @@ class TestDoRA(OnEveryFamily):
     """Norms of the outputs."""
 
     adapter = "lora"
-    options: ClassVar = {"r": 4, "dora": True, "targets": ("all-linear",)}
+    options: ClassVar = {"r": 4, "alpha": 4, "dora": True, "targets": ("all-linear",)}
     start_tolerance: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
