@@ -71,6 +71,7 @@ def load_adapter(
             model.
     """
     stored = read_adapter(Path(path), module, names or OwnNames(site.name for site in sites_of(module)), **options)
+    (registry or default_registry()).find("adapter", stored.adapter)  # or its plugin is not there
     handle = None
     try:
         handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
