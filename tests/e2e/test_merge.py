@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from torch.testing import assert_close
 
 from tests import reference
+from zoo.adapters.attach import attached_to
 from zoo.api import LanguageModel, load
 from zoo.cli.main import cli
 from zoo.errors import InputError
@@ -144,7 +145,7 @@ def test_saving_a_model_with_an_adapter(base: Path, registry: Registry) -> None:
         lm.save(base.parent / "out")
     ids = reference.tokens(1, 8)
     expected = lm.model(ids)
-    lm.model.__dict__["_adapters"]["default"].merge()
+    attached_to(lm.model)["default"].merge()
     lm.save(base.parent / "out")
     again = load(base.parent / "out", precision="32-true", device="cpu", registry=registry)
     assert_close(again.model(ids), expected, atol=1e-5, rtol=1e-5)

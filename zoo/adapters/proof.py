@@ -13,6 +13,14 @@ SILENT = 1e-6
 """A gradient is none if its norm is at most this part of the median of all."""
 
 
+def randomize(handle: AttachedAdapter, seed: int = 0) -> None:
+    """Put noise on every trainable parameter, so that zeros and ones hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in handle.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
 def without_gradient(handle: AttachedAdapter, loss: Callable[[], Tensor], *, seed: int = 0) -> list[str]:
     """Names of trainable parameters that the loss does not depend on. Runs one backward pass.
 
@@ -25,11 +33,8 @@ def without_gradient(handle: AttachedAdapter, loss: Callable[[], Tensor], *, see
     """
     trainable = handle.trainable()
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    generator = torch.Generator().manual_seed(seed)
     try:
-        with torch.no_grad():
-            for parameter in trainable.values():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        randomize(handle, seed)
         handle.root.zero_grad(set_to_none=True)
         loss().backward()
         norms = {n: 0.0 if p.grad is None else float(p.grad.float().norm()) for n, p in trainable.items()}

@@ -26,7 +26,7 @@ from zoo.models.decoder import WholeSequence
 from zoo.plugins import PluginSelection, load_zoo
 from zoo.registrar import ModelRegistrar, Registrar
 from zoo.registry import Component, ModelEntry, Origin, Registry
-from zoo.testing.adapters import AdapterContract, gradient_norms, randomize
+from zoo.testing.adapters import AdapterContract, randomize
 from zoo.text.tokenizer import Tokenizer
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,'\n"
@@ -41,7 +41,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {},
     "bitfit": {},
 }
-KEY_BIASES = ("qkv.bias", "qkv.v2_bias")
 
 
 @pytest.fixture(scope="module")
@@ -194,18 +193,6 @@ def test_adapters_train_and_come_back(adapter: str, saved: Path, registry: Regis
     assert_close(again.model(ids())[0], lm.model(ids())[0], atol=0.0, rtol=0.0)
     text = again.generate("once", max_new_tokens=8, temperature=0.0)
     assert text == greedy(lm.model, "once", 8)
-
-
-@pytest.mark.parametrize("adapter", ["lora", "llama-adapter", "llama-adapter-v2"])
-def test_every_trainable_tensor_has_a_gradient(adapter: str) -> None:
-    model = make()
-    handle = zoo.adapt(model, adapter, **OPTIONS[adapter])
-    with torch.no_grad():
-        model(ids())
-    randomize(handle)
-    norms = gradient_norms(model, handle, model(ids(), ids().roll(-1, dims=1))[1])
-    middle = sorted(norms.values())[len(norms) // 2]
-    assert all(norm > 1e-6 * middle for name, norm in norms.items() if not name.endswith(KEY_BIASES))
 
 
 def test_merging(saved: Path, registry: Registry, tmp_path: Path) -> None:
