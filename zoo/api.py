@@ -50,7 +50,7 @@ def load(
     device: str = "auto",
     quantize: str | None = None,
     compile: bool = False,  # noqa: A002 - as torch calls it
-    adapters: Sequence[str | Path] = (),
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] = (),
     fetch: FetchOptions | None = None,
     registry: Registry | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -66,7 +66,8 @@ def load(
         quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read. By default the
             one that the directory was written for, if any.
         compile: decode with a compiled model; the first token then takes about a minute. Adapters are merged for it.
-        adapters: adapter directories, PEFT's or zoo's, that apply one after the other.
+        adapters: adapter directories, PEFT's or zoo's, that apply one after the other. With names (a mapping),
+            ``generate`` can choose among them.
         fetch: revision, token and offline mode for downloads.
         report: called with a line when something takes long.
 
@@ -81,11 +82,10 @@ def load(
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     is_quantized = checkpoint.quantized or quantizer is not None
     chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry)
-    for directory in adapters:
-        check_adapter(Path(directory))  # before any work
+    named = _named(adapters)
     if checkpoint.family.build is not None:
         _refuse_for_own(checkpoint.family, attention=attention != "auto", quantize=bool(quantizer), compiled=compile)
-        return _with_adapters(_load_own(checkpoint, chosen, target), adapters)
+        return _with_adapters(_load_own(checkpoint, chosen, target), named)
     request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype)
     if compile:
         require_compiler()
@@ -96,11 +96,11 @@ def load(
     lm = LanguageModel(loaded, checkpoint, chosen.name, backend.name, backend.backend, target, notes)
     lm.quantized = quantizer.name if quantizer else None
     if compile:
-        for adapter in _with_adapters(lm, adapters).adapters:
+        for adapter in _with_adapters(lm, named).adapters:
             adapter.merge()
         lm.step = CompiledDecoding(loaded, report=report)
         return lm
-    return _with_adapters(lm, adapters)
+    return _with_adapters(lm, named)
 
 
 def _load_own(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> LanguageModel:
@@ -116,9 +116,17 @@ def _load_decoder(
     return load_quantized(checkpoint, attend, quantizer, dtype=dtype, device=device)
 
 
-def _with_adapters(lm: LanguageModel, directories: Sequence[str | Path]) -> LanguageModel:
-    for directory in directories:
-        lm.adapters.append(lm.load_adapter(directory, name=f"adapter-{len(lm.adapters)}"))
+def _named(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> Mapping[str, str | Path]:
+    """Adapter directories by name, each checked before any work."""
+    named = adapters if isinstance(adapters, Mapping) else {f"adapter-{i}": path for i, path in enumerate(adapters)}
+    for directory in named.values():
+        check_adapter(Path(directory))
+    return named
+
+
+def _with_adapters(lm: LanguageModel, directories: Mapping[str, str | Path]) -> LanguageModel:
+    for name, directory in directories.items():
+        lm.adapters.append(lm.load_adapter(directory, name=name))
     return lm
 
 

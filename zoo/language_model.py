@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from zoo.adapters.attach import AttachedAdapter
+from zoo.adapters.switch import check_names, using, within
 from zoo.adapting import adapt, load_adapter
 from zoo.attention.base import AttentionBackend, AttentionRequest
 from zoo.convert.adapter_names import FamilyNames
@@ -29,6 +31,8 @@ from zoo.models.decoder import Decoder, decoder_of
 from zoo.spec import ModelSpec
 from zoo.text.chat import Message
 from zoo.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_BATCH_SIZE = 16
@@ -144,6 +148,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         stream: bool = False,
         sample: int = 0,
+        adapter: str | Sequence[str] | None = None,
         drafter: Drafter | None = None,
         draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         **sampling: Any,
@@ -154,13 +159,18 @@ class LanguageModel:
             max_new_tokens: by default 128, or what the context has room for.
             stop: strings before which the text ends.
             sample: number of the sample: those of one seed differ, and each can be had again.
+            adapter: the name of the adapter to compute with, or several, or none: ``()``. By default those that are
+                active.
             drafter: guesses up to ``draft_tokens`` ahead, to be verified at once; see `drafter`.
             sampling: fields of `SamplingOptions`; ``temperature=0`` is greedy.
 
         Raises:
-            InputError: the prompt is empty, the request exceeds the context, or an option is out of range.
+            InputError: the prompt is empty, the request exceeds the context, an option is out of range, or the model
+                has no such adapter.
         """
-        request = self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=sample, **sampling)
+        request = self.request(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, sample=sample, adapter=adapter, **sampling
+        )
         if self._session is None:
             self._session = self.session()
         reply = self._session.reply(
@@ -171,6 +181,7 @@ class LanguageModel:
             sample=sample,
             speculation=None if drafter is None else Speculation(drafter, draft_tokens),
         )
+        reply.pieces = self._computed_with(request.adapters, reply.pieces)
         return reply if stream else reply.read().text
 
     def generate_batch(
@@ -180,6 +191,7 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         batch_size: int = DEFAULT_BATCH_SIZE,
+        adapter: str | Sequence[str] | None = None,
         **sampling: Any,
     ) -> list[Reply]:
         """Continue many prompts, ``batch_size`` at a time; each as `generate` does with ``sample=`` its number.
@@ -190,7 +202,7 @@ class LanguageModel:
             ZooError: the model's logits are not finite numbers for one of them.
         """
         requests = [
-            self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=number, **sampling)
+            self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, sample=number, adapter=adapter, **sampling)
             for number, prompt in enumerate(prompts)
         ]
         replies: dict[int, Reply] = {}
@@ -207,11 +219,14 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         sample: int = 0,
+        adapter: str | Sequence[str] | None = None,
         **sampling: Any,
     ) -> Request:
         """A text to continue or a conversation to answer, for `run`. Options as for `generate`."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
         room = max(1, self.spec.max_seq_len - len(ids))
+        names = (adapter,) if isinstance(adapter, str) else adapter
+        check_names(self.model, names or ())
         return Request(
             prompt_ids=ids,
             max_new_tokens=min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
@@ -219,10 +234,13 @@ class LanguageModel:
             stop=stop,
             stop_ids=self.stop_ids,
             sample=sample,
+            adapters=None if names is None else tuple(names),
         )
 
     def run(self, requests: Sequence[Request], *, batch_size: int = DEFAULT_BATCH_SIZE) -> Iterator[Outcome]:
-        """Answer requests in batches; yields (number, reply or what went wrong with it) as they finish.
+        """Answer requests in batches, those of one choice of adapters together.
+
+        Yields (number, reply or what went wrong with it) as they finish.
 
         Raises:
             InputError: a request can not be served.
@@ -230,7 +248,20 @@ class LanguageModel:
         """
         if self.backend is not None:
             self._check_padding(self.backend)
-        return run_requests(self.decoder, self.tokenizer, requests, batch_size=batch_size)
+        for request in requests:
+            request.check(self.spec)  # before any work
+        return self._run(requests, batch_size)
+
+    def _run(self, requests: Sequence[Request], batch_size: int) -> Iterator[Outcome]:
+        for adapters in dict.fromkeys(request.adapters for request in requests):
+            numbers = [number for number, request in enumerate(requests) if request.adapters == adapters]
+            chosen = [requests[number] for number in numbers]
+            outcomes = run_requests(self.decoder, self.tokenizer, chosen, batch_size=batch_size)
+            for place, outcome in self._computed_with(adapters, outcomes):
+                yield numbers[place], outcome
+
+    def _computed_with(self, adapters: tuple[str, ...] | None, items: Iterator[T]) -> Iterator[T]:
+        return items if adapters is None else within(partial(using, self.model, adapters), items)
 
     def _check_padding(self, backend: AttentionBackend) -> None:
         asked = AttentionRequest.of(self.spec, device=self.device.type, dtype=self.decoder.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,32 @@ def test_compiled_models(directories: Path) -> None:
     }
     with pytest.raises(InputError, match="quantized"):
         load(directories / "model", compile=True, **options)
+
+
+def test_lines_choose(directories: Path, tmp_path: Path) -> None:
+    """Guards the choice of each line, and that a line with an unknown name does not end the job."""
+    lines: list[dict[str, Any]] = [{"adapter": "mine"}, {"adapter": None}, {}, {"adapter": "yours"}, {"adapter": 3}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": "Hello", **line}) + "\n" for line in lines))
+    common = ("--temperature", 0, "--max-new-tokens", 12, "--precision", "32-true")
+    done = zoo(
+        "generate", directories / "model", "--batch", source, *common, "--adapter", f"mine={directories}/adapter"
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    plain = load(directories / "model", precision="32-true", device="cpu")
+    adapted = load(directories / "model", precision="32-true", device="cpu", adapters={"mine": directories / "adapter"})
+    texts = [lm.generate("Hello", temperature=0, max_new_tokens=12) for lm in (adapted, plain)]
+    assert [result.get("text") for result in results] == [texts[0], texts[1], texts[0], None, None]
+    assert "'yours'" in results[3]["error"]
+    assert "adapter must be a string" in results[4]["error"]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(["a.b=X"], "'a.b' is no name"), (["a=X", "a=Y"], "two adapters are named 'a'")]
+)
+def test_names_that_can_not_be(given: list[str], message: str, directories: Path) -> None:
+    options = [part for name in given for part in ("--adapter", name)]
+    done = generate(directories, *options)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -192,7 +192,7 @@ class AttachedAdapter:
     @property
     def active(self) -> bool:
         """Whether the model computes with it."""
-        return all(self.name in holder.active for holder in self._holders())
+        return all(self.name in holder.active for holder in self.holders())
 
     @property
     def merged(self) -> bool:
@@ -201,13 +201,13 @@ class AttachedAdapter:
 
     def activate(self) -> None:
         """Have the model compute with it, after the adapters that are active already."""
-        for holder in self._holders():
+        for holder in self.holders():
             if self.name not in holder.active:
                 holder.active = (*holder.active, self.name)
 
     def deactivate(self) -> None:
         """Have the model compute without its parts; parameters that it unfroze stay as they are."""
-        for holder in self._holders():
+        for holder in self.holders():
             holder.active = tuple(name for name in holder.active if name != self.name)
 
     @contextmanager
@@ -323,7 +323,8 @@ class AttachedAdapter:
         module = self.root.get_submodule(site)
         return module.base if isinstance(module, Adapted) else module
 
-    def _holders(self) -> Iterator[Adapted | Prompts]:
+    def holders(self) -> Iterator[Adapted | Prompts]:
+        """The modules that hold its parts, and know which are active."""
         return map(self._holder, self.plan.additions)
 
     def _holder(self, addition: Addition) -> Adapted | Prompts:

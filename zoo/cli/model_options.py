@@ -10,6 +10,7 @@ import click
 
 from zoo.cli.app import App, note
 from zoo.cli.torch_process import import_torch
+from zoo.errors import InputError
 
 if TYPE_CHECKING:
     from zoo.api import LanguageModel
@@ -25,8 +26,7 @@ _LOADING = [
     click.option(
         "--adapter",
         multiple=True,
-        metavar="DIR",
-        type=click.Path(path_type=Path),
+        metavar="[NAME=]DIR",
         help="An adapter directory, PEFT's or zoo's; several apply one after the other. Merged for --compile.",
     ),
     click.option("--revision", help="Branch, tag or commit on the hub."),
@@ -73,12 +73,13 @@ def load_from_options(
     attention: str,
     quantize: str | None,
     compile: bool,  # noqa: A002 - the option's name
-    adapter: tuple[Path, ...],
+    adapter: tuple[str, ...],
     revision: str | None,
     token: str | None,
     offline: bool,
 ) -> LanguageModel:
     """Load the model that the options name, telling what ``auto`` chose."""
+    adapters = _named(adapter)
     import_torch()
     from zoo.api import load
     from zoo.sources.base import FetchOptions
@@ -90,19 +91,34 @@ def load_from_options(
         device=device,
         quantize=quantize,
         compile=compile,
-        adapters=adapter,
+        adapters=adapters,
         fetch=FetchOptions(revision=revision, token=token, offline=offline),
         registry=app.registry,
         report=note,
     )
     how = ", ".join(filter(None, (f"{lm.precision} on {lm.device}", lm.quantized, f"{lm.attention} attention")))
     note(f"{lm.checkpoint.path}: {how}")
-    for directory, attached in zip(adapter, lm.adapters, strict=True):
+    for directory, attached in zip(adapters.values(), lm.adapters, strict=True):
         state = "merged" if attached.merged else "active"
         note(f"{directory}: {attached.adapter.name}, {attached.plan.n_trainable:,} parameters, {state}")
     for line in lm.notes:
         note(line)
     return lm
+
+
+def _named(given: tuple[str, ...]) -> dict[str, Path]:
+    """Adapter directories by name: that before the ``=``, else their number."""
+    named: dict[str, Path] = {}
+    for number, text in enumerate(given):
+        name, separator, path = text.partition("=")
+        if not separator or Path(text).exists():
+            name, path = f"adapter-{number}", text
+        if not name or "." in name or "/" in name:
+            raise InputError(f"{name!r} is no name for an adapter.", fix="Give --adapter NAME=DIR, without dots.")
+        if name in named:
+            raise InputError(f"two adapters are named {name!r}.", fix="Give each --adapter a name of its own.")
+        named[name] = Path(path)
+    return named
 
 
 def print_stats(stats: Any) -> None:

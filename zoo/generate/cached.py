@@ -5,11 +5,13 @@ Shape letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zoo.adapters.base import Adapted, Prompts
 from zoo.generate.compile import CompiledDecoding
 from zoo.models.cache import KVCache
 from zoo.models.decoder import Decoder, SequenceCache
@@ -24,6 +26,7 @@ class CachedTokens:
         self._step = step
         self._ids: list[int] = []
         self._cache: SequenceCache | None = None
+        self._computed_by: Hashable = None
 
     def start(self, ids: Sequence[int], capacity: int) -> list[int]:
         """Keep what the cache shares with ``ids`` and make room for ``capacity`` tokens.
@@ -31,6 +34,8 @@ class CachedTokens:
         Returns:
             The ids that are still to run: at least the last one, whose logits are wanted.
         """
+        if self._computed_by != (computes := _computation(self.model)):
+            self._ids, self._cache, self._computed_by = [], None, computes
         shared = 0
         for ours, theirs in zip(self._ids, ids[:-1], strict=False):
             if ours != theirs:
@@ -66,3 +71,15 @@ class CachedTokens:
         assert self._cache is not None
         del self._ids[length:]  # first: an interrupt in between must not leave ids that the cache does not hold
         self._cache.truncate(length)
+
+
+def _computation(model: Decoder) -> Hashable:
+    """Changes with the weights and with the active adapters; keys and values of another computation are of no use."""
+    if not isinstance(model, nn.Module):
+        return None  # it keeps tokens only
+    active = tuple(module.active for module in model.modules() if isinstance(module, Adapted | Prompts))
+    tensors = list(chain(model.parameters(), model.buffers()))
+    versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    # torch's fused optimizers change values without a new version: look at an end of each as well.
+    ends = [t.detach()[(-1,) * t.ndim].float() for t in tensors if t.requires_grad]
+    return active, versions, tuple(torch.stack(ends).tolist()) if ends else ()

@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
     "min_p": _NUMBER,
     "repetition_penalty": _NUMBER,
 }
-"""Keys of a line that override the options of the job, besides ``stop``."""
+"""Keys of a line that override the options of the job, besides ``stop`` and ``adapter``."""
 
 Prompt = str | list[Message]
 MakeRequest = Callable[[Prompt, dict[str, Any], int], Request]
@@ -149,7 +149,9 @@ def read_request(given: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         if isinstance(value, bool) or not isinstance(value, types):
             raise InputError(f"{name} must be {described}, not {json.dumps(value)}.")
     if (stop := given.get("stop")) is not None:
-        options["stop"] = _strings(stop)
+        options["stop"] = _strings("stop", stop)
+    if "adapter" in given:
+        options["adapter"] = [] if given["adapter"] is None else _strings("adapter", given["adapter"])
     return _messages(given["messages"]) if "messages" in given else _text(given["prompt"]), options
 
 
@@ -170,8 +172,8 @@ def _messages(messages: Any) -> list[Message]:
     return list(messages)
 
 
-def _strings(stop: Any) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else stop
+def _strings(key: str, value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-        raise InputError(f"stop must be a string or a list of strings, not {json.dumps(stop)}.")
+        raise InputError(f"{key} must be a string or a list of strings, not {json.dumps(value)}.")
     return strings

@@ -32,6 +32,8 @@ class Request:
     """Tokens that end the reply."""
     sample: int = 0
     """Number of the sample, for its random stream."""
+    adapters: tuple[str, ...] | None = None
+    """The model's adapters to compute with; ``None``: those that are active."""
 
     def check(self, spec: ModelSpec) -> None:
         """Check it before any work.
