@@ -1,0 +1,1 @@
+"""Training: one loop for pretraining and finetuning; the only package that imports Lightning."""
