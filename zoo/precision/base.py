@@ -16,7 +16,9 @@ class Precision:
 
     name: str
     param_dtype: torch.dtype
-    """Dtype of the weights, the cache and the arithmetic."""
+    """Dtype of the weights, and of the arithmetic where nothing else is said."""
+    autocast_dtype: torch.dtype | None = None
+    """Dtype of matrix products, from weights in ``param_dtype``: for training."""
 
     def supports(self, device: str) -> list[str]:
         """Why it can not run on a device type, one sentence each; empty: it can."""
@@ -25,7 +27,9 @@ class Precision:
         return []
 
 
-def choose_precision(name: str, *, stored: torch.dtype, quantized: bool, device: str, registry: Registry) -> Precision:
+def choose_precision(
+    name: str, *, stored: torch.dtype, quantized: bool, device: str, registry: Registry, training: bool = False
+) -> Precision:
     """The precision of that name; for ``auto`` the stored dtype, where the device computes in it at speed.
 
     Quantized files count as bfloat16. A CPU without bfloat16 instructions gets float32.
@@ -40,6 +44,13 @@ def choose_precision(name: str, *, stored: torch.dtype, quantized: bool, device:
             wanted = torch.float32
         name = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}.get(wanted, "32-true")
     precision: Precision = registry.load("precision", name)
+    if not training and precision.autocast_dtype is not None:
+        plain = "bf16-true" if precision.autocast_dtype == torch.bfloat16 else "16-true"
+        raise UnavailableError(f"precision {name!r} is for training.", fix=f"Take {plain}, or 32-true.")
+    if training and precision.param_dtype == torch.float16:
+        raise UnavailableError(
+            f"precision {name!r} is for inference: float16 weights lose small updates.", fix="Take 16-mixed."
+        )
     if reasons := precision.supports(device):
         raise UnavailableError(f"precision {name!r} can not be used: {'; '.join(reasons)}.", fix="Take 32-true.")
     return precision

@@ -1,4 +1,4 @@
-"""Precisions in which weights and arithmetic share one dtype."""
+"""Precisions with one dtype, and mixed ones: weights in float32, matrix products in half precision."""
 
 from __future__ import annotations
 
@@ -9,3 +9,5 @@ from zoo.precision.base import Precision
 FP32_TRUE = Precision(name="32-true", param_dtype=torch.float32)
 BF16_TRUE = Precision(name="bf16-true", param_dtype=torch.bfloat16)
 FP16_TRUE = Precision(name="16-true", param_dtype=torch.float16)
+BF16_MIXED = Precision(name="bf16-mixed", param_dtype=torch.float32, autocast_dtype=torch.bfloat16)
+FP16_MIXED = Precision(name="16-mixed", param_dtype=torch.float32, autocast_dtype=torch.float16)

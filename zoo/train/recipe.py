@@ -42,7 +42,8 @@ class Recipe(BaseModel):
     data: str
     val_data: str | None = None
     val_fraction: Fraction = 0.05
-    prompt_style: Use = Use(use="auto")
+    prompt_style: str | None = None
+    """By default the model's own chat template."""
     train_on_prompt: bool = False
     packing: bool = False
     max_seq_len: PositiveInt | None = None
