@@ -11,8 +11,10 @@ from torch import nn
 from zoo.adapters.attach import AttachedAdapter, attach
 from zoo.adapters.choose import choose_adapter
 from zoo.adapters.discover import sites_of
+from zoo.convert.adapter_base import check_base
 from zoo.convert.adapter_directory import read_adapter, write_adapter
 from zoo.convert.adapter_names import OwnNames
+from zoo.convert.adapter_path import split_options
 from zoo.errors import InputError
 from zoo.plugins import load_zoo
 from zoo.registry import Registry
@@ -56,26 +58,37 @@ def load_adapter(
     names: OwnNames | None = None,
     base: str | None = None,
     registry: Registry | None = None,
+    any_base: bool = False,
     **options: Any,
 ) -> AttachedAdapter:
     """Put an adapter on a model: PEFT's, zoo's, LitGPT's, loralib's or the LLaMA-Adapter repository's.
 
     Args:
-        path: a directory, or a file that ``torch.save`` wrote. Other arguments as for `adapt`.
-        options: what the file does not say: of loralib's ``alpha``, its ``lora_alpha`` (1 by default, as there), and
-            ``enabled``, the ``enable_lora`` of its `MergedLinear` (needed if not all are); of the repository's
-            ``layers`` and ``gate``, see `zoo.convert.llama_adapter_files`.
+        path: a directory, or a file that ``torch.save`` wrote. Options may follow it: ``lora.pt,alpha=16``. Other
+            arguments as for `adapt`.
+        any_base: whether it may have been made for another model, as far as its directory says so.
+        options: what the file does not say: of loralib's ``alpha``, its ``lora_alpha`` (1 by default, as there, which
+            the handle's ``notes`` tell), and ``enabled``, the ``enable_lora`` of its `MergedLinear` (needed if not all
+            are); of the repository's ``layers`` and ``gate``, see `zoo.convert.llama_adapter_files`; of loralib's and
+            PEFT's ``partial``, whether modules may be missing.
 
     Raises:
-        InputError: a file is missing or damaged, an option is missing or unknown, or the adapter does not fit the
-            model.
+        InputError: a file is missing or damaged, an option is missing or unknown, or the adapter was made for another
+            model, or does not fit this one.
     """
-    stored = read_adapter(Path(path), module, names or OwnNames(site.name for site in sites_of(module)), **options)
+    path, given = split_options(path)
+    options = given | options
+    if not isinstance(any_base := options.pop("any_base", any_base), bool):
+        raise InputError(f"{path}: any_base is true or false, not {any_base!r}.")
+    if not any_base:
+        check_base(path, module)
+    stored = read_adapter(path, module, names or OwnNames(site.name for site in sites_of(module)), **options)
     (registry or default_registry()).find("adapter", stored.adapter)  # or its plugin is not there
     handle = None
     try:
         handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
         handle.load_state_dict(stored.state)
+        handle.notes += stored.notes
     except InputError as error:
         if handle is not None:
             handle.detach()

@@ -37,6 +37,8 @@ class Merged:
     same: int
     """Positions whose likeliest token is the same."""
     positions: int
+    notes: tuple[str, ...] = ()
+    """What was assumed about the adapter."""
 
 
 def merge_adapter(
@@ -52,7 +54,7 @@ def merge_adapter(
     """Write ``checkpoint`` with an adapter in its weights as a Hugging Face directory.
 
     Args:
-        adapter: an adapter directory, PEFT's or zoo's.
+        adapter: as `zoo.load_adapter` takes it.
         dtype: of the weights; by default the stored one, or bfloat16 where that is quantized.
         dequantize: merge into the values that quantized weights stand for.
 
@@ -74,7 +76,7 @@ def merge_adapter(
     exported = export_model(from_model(model, checkpoint), destination)
     same = int((apart.argmax(-1) == merged.argmax(-1)).sum())
     difference = (apart - merged).abs().max().item()
-    return Merged(exported, dtype, difference, apart.abs().max().item(), same, apart.shape[0])
+    return Merged(exported, dtype, difference, apart.abs().max().item(), same, apart.shape[0], tuple(handle.notes))
 
 
 def _check(checkpoint: Checkpoint, destination: Path, dequantize: bool) -> None:

@@ -109,6 +109,13 @@ class TestLoRAOfParts(OnEveryFamily):
     options: ClassVar = {"r": 4, "targets": ("attn.q", "attn.v"), "parts": {"attn.q": (3, 0), "attn.v": (0, 1, 2, 1)}}
 
 
+class TestLoRAOfOneA(OnEveryFamily):
+    """Projections that share an A, as where they are fused; its rank may be above that of one of them."""
+
+    adapter = "lora"
+    options: ClassVar = {"r": 10, "targets": ("attn.q", "attn.k", "attn.v"), "share": (("attn.q", "attn.k", "attn.v"),)}
+
+
 class TestLLaMAAdapter(OnEveryFamily):
     """Prompts."""
 

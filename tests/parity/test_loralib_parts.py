@@ -20,6 +20,7 @@ from torch.testing import assert_close
 import zoo
 from tests import reference
 from zoo.adapters.attach import AttachedAdapter
+from zoo.convert.own_form import OWN_FORM
 from zoo.errors import FileFormatError, InputError
 from zoo.registry import Registry
 from zoo.testing.adapters import randomize
@@ -177,6 +178,7 @@ def test_written_as_peft_does(ranks: tuple[int, ...], rslora: bool, tmp_path: Pa
     theirs = peft.PeftModel.from_pretrained(make("conv1d"), tmp_path).eval()
     with torch.no_grad():
         assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-4)
+        (tmp_path / OWN_FORM).unlink()
         loaded = zoo.load_adapter(again, tmp_path)
         assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-4)
     A = loaded.trainable()["transformer.h.0.attn.c_attn.lora_A"]
@@ -211,7 +213,7 @@ def test_options_and_files_that_do_not_fit(tmp_path: Path, saved: Any) -> None:
     path = saved(with_loralib("linear", ENABLED[0]))
     model = make("linear")
     before = [name for name, _ in model.named_modules()]
-    with pytest.raises(InputError, match=r"'scale'. It takes alpha and enabled"):
+    with pytest.raises(InputError, match=r"'scale'. Leave it out, or take alpha or enabled or partial"):
         zoo.load_adapter(model, path, scale=2)
     with pytest.raises(InputError, match=r"2 of the 3 equal parts.*enabled="):
         zoo.load_adapter(model, path, alpha=ALPHA)

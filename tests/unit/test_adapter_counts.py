@@ -25,6 +25,11 @@ COUNTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama-adapter": ("llama-adapter", {"layers": 30, "prompt_length": 10}, 1_229_760),
     "llama-adapter-one-gate": ("llama-adapter", {"layers": 30, "gate_per": "layer"}, 30 * (10 * WIDTH + 1)),
     "v2": ("llama-adapter-v2", {"layers": 30}, PROMPTS + NORMS + 2 * OUTPUTS),
+    "v2-norms-of-layers": (
+        "llama-adapter-v2",
+        {"layers": 30, "norms": ("attn_norm", "mlp_norm")},
+        PROMPTS + NORMS - WIDTH + 2 * OUTPUTS,
+    ),
     "v2-on-inputs": ("llama-adapter-v2", {"layers": 30, "scale_on": "input"}, PROMPTS + NORMS + INPUTS + OUTPUTS),
     "v2-without-prompts": ("llama-adapter-v2", {"prompts": False, "norms": False}, 2 * OUTPUTS),
     "lora": ("lora", {"r": 8, "targets": ["attn.q", "attn.v"]}, 4_194_304),

@@ -13,7 +13,7 @@ from torch import nn
 from tests import reference
 from zoo.adapters.discover import sites_of
 from zoo.adapters.plans import LLaMAAdapterOptions, LLaMAAdapterV2Options
-from zoo.adapting import adapt
+from zoo.adapting import adapt, load_adapter
 from zoo.api import build, load
 from zoo.errors import InputError, UnknownNameError
 from zoo.plan.sites import choose_sites, sites_of_spec
@@ -95,6 +95,76 @@ def test_bad_options(options: dict[str, Any], error: type[InputError], message: 
     with pytest.raises(error, match=message):
         adapt(model, "lora", **options)
     assert [name for name, _ in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (
+            {"embed": nn.Embedding(8, 4), "out": nn.Linear(4, 8)},
+            'no linear but the head. Target it by its role: "head"',
+        ),
+        ({"embed": nn.Embedding(8, 4)}, "this model has no linear. Sites: embed."),
+        (
+            {"norm": nn.LayerNorm(4)},
+            "this model has no linear. The model has no site of the kinds linear, conv, embedd",
+        ),
+    ],
+)
+def test_all_linear_where_there_is_none(modules: dict[str, nn.Module], message: str) -> None:
+    """Guards against the advice to write what was written."""
+    model = nn.ModuleDict(modules)
+    with pytest.raises(InputError, match=message) as error:
+        adapt(model, "lora", r=2)
+    assert "Did you mean" not in str(error.value)
+    if "out" in modules:
+        assert adapt(model, "lora", r=2, targets=["head"]).plan.additions[0].site.name == "out"
+
+
+NORMS = [f"blocks.{i}.{place}_norm" for i in range(2) for place in ("attn", "mlp")]
+
+
+@pytest.mark.parametrize(
+    ("norms", "trained"),
+    [
+        (True, [*NORMS, "norm"]),
+        (False, []),
+        ([], []),
+        (["attn_norm", "norm"], [NORMS[0], NORMS[2], "norm"]),
+        (["blocks.1.*"], NORMS[2:]),
+        (["=blocks.0.mlp_norm"], [NORMS[1]]),
+    ],
+    ids=str,
+)
+def test_trained_norms(norms: bool | list[str], trained: list[str], tmp_path: Path) -> None:
+    """Guards the choice in the plan of a spec, on a module, and in a directory."""
+    model, again = (
+        build("gpt2", n_layers=2, d_model=32, n_heads=4, vocab_size=64, max_seq_len=16, seed=seed) for seed in (0, 0)
+    )
+    handle = adapt(model, "llama-adapter-v2", norms=norms)
+    options = LLaMAAdapterV2Options(norms=norms if isinstance(norms, bool) else tuple(norms))
+    assert handle.adapter.options == options
+    assert handle.plan.shapes == options.plan(sites_of_spec(model.spec)).shapes
+    found = {name.rpartition(".")[0] for name in handle.plan.unfrozen or {}}
+    assert found == set(trained)
+    assert {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad} >= found
+    handle.save(tmp_path)
+    assert load_adapter(again, tmp_path).adapter.options == options
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        (["nrom"], "'nrom'. Did you mean 'norm'. Sites: attn_norm, mlp_norm, norm"),
+        (["all-linear"], "'all-linear'. Known: attn_norm"),
+        ("attn_norm", r"norms=\['attn_norm'\]"),
+        (None, "norms are True, False or a list of names, not None"),
+    ],
+)
+def test_norms_that_are_none(norms: Any, message: str) -> None:
+    model = build("gpt2", n_layers=2, d_model=32, n_heads=4, vocab_size=64, max_seq_len=16)
+    with pytest.raises(InputError, match=message):
+        adapt(model, "llama-adapter-v2", norms=norms)
 
 
 def test_a_model_without_attention_sites() -> None:

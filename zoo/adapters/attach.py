@@ -49,6 +49,9 @@ def attach(root: nn.Module, adapter: Adapter, *, name: str = "default", save: Sa
             f"the model has an adapter named {name!r} already.", fix="Give this one another name, or detach that one."
         )
     parts = {addition.site.name: _add(root, adapter, addition, name) for addition in plan.additions}
+    for addition in plan.additions:
+        for key, owner in addition.shared.items():
+            parts[addition.site.name].register_parameter(key, parts[owner].get_parameter(key))
     handle = AttachedAdapter(root, adapter, plan, name, parts, save)
     attached[name] = handle
     trained = {id(p) for one in attached.values() for p in one.trainable().values()}
@@ -114,6 +117,7 @@ class AttachedAdapter:
     Attributes:
         name: tells it from other adapters on the same model.
         plan: what it added and unfroze.
+        notes: what was assumed when it was read because its files do not say it, one line each.
     """
 
     def __init__(
@@ -127,20 +131,23 @@ class AttachedAdapter:
     ) -> None:
         self.root, self.adapter, self.plan, self.name = root, adapter, plan, name
         self._parts, self._save = dict(parts), save
+        self.notes: list[str] = []
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] | None = None
         kept = self._unfrozen() if adapter.keeps_original else {}
         self._original = {key: p.detach().clone() for key, p in kept.items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that it trains, under its name in `state_dict`."""
-        added = {f"{site}.{key}": p for site, part in self._parts.items() for key, p in part.named_parameters()}
-        return added | self._unfrozen()
+        """Every parameter that it trains, once, under its name in `state_dict`."""
+        shared = {addition.site.name: addition.shared for addition in self.plan.additions}
+        own = ((site, *named) for site, part in self._parts.items() for named in part.named_parameters())
+        return {f"{site}.{key}": p for site, key, p in own if key not in shared[site]} | self._unfrozen()
 
     def _unfrozen(self) -> dict[str, nn.Parameter]:
         names = self.plan.unfrozen or {}
-        return {name: self._base_parameter(name) for name in names}
+        return {name: self.base_parameter(name) for name in names}
 
-    def _base_parameter(self, name: str) -> nn.Parameter:
+    def base_parameter(self, name: str) -> nn.Parameter:
+        """A parameter of the model by its name before anything was adapted."""
         module_name, _, leaf = name.rpartition(".")
         module = self.root.get_submodule(module_name)
         base = module.base if isinstance(module, Adapted) else module
@@ -233,7 +240,7 @@ class AttachedAdapter:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for key, value in values.items():
-                self._base_parameter(key).copy_(value)
+                self.base_parameter(key).copy_(value)
 
     def unmergeable(self) -> list[str]:
         """Why it can not be merged, one sentence each; empty: it can."""

@@ -86,6 +86,8 @@ class Adapter:
     options_type: ClassVar[type]
     keeps_original: ClassVar[bool] = True
     """Whether the former values of what it unfreezes are kept, for `AttachedAdapter.disabled`."""
+    learning_rate: ClassVar[float] = 2e-4
+    """A highest rate that suits it, for models of around a billion parameters."""
 
     def __init__(self, options: Any, name: str = "") -> None:
         self.options, self.name = options, name

@@ -24,6 +24,6 @@ def choose_adapter(name: str, options: Mapping[str, Any], registry: Registry) ->
         if option not in known:
             raise UnknownNameError(f"option of adapter {name!r}", option, known)
     for option, value in options.items():
-        if isinstance(value, str) and option in ("targets", "feedforward", "modules_to_save"):
+        if isinstance(value, str) and option in ("targets", "feedforward", "modules_to_save", "norms"):
             raise InputError(f"{option} is a list of names, not {value!r}.", fix=f"Write {option}=[{value!r}].")
     return kind(kind.options_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), name)

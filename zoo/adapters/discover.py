@@ -45,6 +45,7 @@ def sites_of(root: nn.Module) -> list[Site]:
                 layer,
                 has_bias=getattr(module, "bias", None) is not None,
                 tied=uses[id(getattr(module, "weight", None))] > 1,
+                transposed=is_transposed(module),
             )
         )
     return sites

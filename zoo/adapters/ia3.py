@@ -17,6 +17,7 @@ class IA3(Adapter):
     """Scales the outputs of some linears, and the inputs of others, by factors that start at one."""
 
     options_type: ClassVar[type] = IA3Options
+    learning_rate: ClassVar[float] = 5e-3
 
     def part(self, addition: Addition, base: nn.Module) -> Part:
         """A factor for each output or input, float32."""

@@ -20,6 +20,7 @@ class LLaMAAdapter(Adapter):
     """Learned prompts that the topmost layers attend to, apart from the tokens, through gates that start at zero."""
 
     options_type: ClassVar[type] = LLaMAAdapterOptions
+    learning_rate: ClassVar[float] = 9e-3
     options: LLaMAAdapterOptions
 
     @property
@@ -58,6 +59,7 @@ class LLaMAAdapterV2(LLaMAAdapter):
     """v1, and a scale and a bias on linears, and trained norms."""
 
     options_type: ClassVar[type] = LLaMAAdapterV2Options
+    learning_rate: ClassVar[float] = 4e-3
     options: LLaMAAdapterV2Options
 
     def part(self, addition: Addition, base: nn.Module) -> Part:

@@ -39,6 +39,8 @@ class LoRAOptions:
             principal part of the weight, which is taken off it again (linears only).
         parts: for linears whose name ends in a match of the key, the rank of each of the equal parts of their outputs,
             0 for a part without an update: ``{"c_attn": (8, 0, 8)}`` adapts q and v of a fused projection.
+        share: groups of linears that have one A in each layer, and so the same inputs and rank:
+            ``(("attn.q", "attn.k", "attn.v"),)`` is what LoRA of a projection that fuses them computes.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
@@ -55,6 +57,7 @@ class LoRAOptions:
     modules_to_save: tuple[str, ...] = ()
     init: Init = "default"
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    share: tuple[tuple[str, ...], ...] = ()
 
     def rank(self, site: Site) -> int:
         """Rank at a site; where its outputs are divided, that of all parts together."""
@@ -78,7 +81,8 @@ class LoRAOptions:
 
         Raises:
             InputError: a rank is no positive number or larger than the site, a number is out of range, a target or a
-                key of ``parts`` names no site, or ``dora``, ``pissa`` or ``parts`` can not be had at one.
+                key of ``parts`` names no site, ``dora``, ``pissa`` or ``parts`` can not be had at one, or sites can not
+                share an A.
         """
         if self.init not in get_args(Init):
             raise UnknownNameError("init of LoRA", str(self.init), get_args(Init))
@@ -94,7 +98,32 @@ class LoRAOptions:
         unfrozen = {name: shape for site in whole for name, shape in site.parameters.items()}
         with_bias = {"none": [], "all": sites, "lora_only": chosen}[self.bias]
         unfrozen |= _biases(with_bias)
-        return AdapterPlan(tuple(Addition(site, self._shapes(site)) for site in chosen), unfrozen)
+        together = self._sharing(chosen)
+        return AdapterPlan(tuple(self._addition(site, together.get(site.name, [site])) for site in chosen), unfrozen)
+
+    def _sharing(self, chosen: Sequence[Site]) -> dict[str, list[Site]]:
+        """By the name of a site those that share its A, itself among them, in the order of their group."""
+        together: dict[str, list[Site]] = {}
+        for group in self.share:
+            if isinstance(group, str):
+                raise InputError(f"share is a list of groups, not {group!r}.", fix='Such as [["attn.q", "attn.v"]].')
+            sites = list(dict.fromkeys(s for target in group for s in choose_sites(chosen, [target], ("linear",))))
+            layers = [[site for site in sites if site.layer == layer] for layer in {site.layer: None for site in sites}]
+            if all(len(layer) == 1 for layer in layers) or any(site.name in together for site in sites):
+                raise InputError(f"{', '.join(group)} share no A: a group has several targets, and each is in one.")
+            together |= {site.name: layer for layer in layers for site in layer}
+        for sites in together.values():
+            if len({(site.shape[1], self.rank(site)) for site in sites}) > 1:
+                names = ", ".join(site.name for site in sites)
+                raise InputError(f"{names} can not share an A: they differ in their inputs or ranks.")
+        return together
+
+    def _addition(self, site: Site, together: Sequence[Site]) -> Addition:
+        """Of a site that shares its A with those in ``together``; the first of them has it."""
+        shapes = self._shapes(site, together)
+        if site == together[0]:
+            return Addition(site, shapes)
+        return Addition(site, {k: s for k, s in shapes.items() if k != "lora_A"}, {"lora_A": together[0].name})
 
     def _check_keys_of_parts(self, chosen: Sequence[Site]) -> None:
         for key, ranks in self.parts.items():
@@ -106,8 +135,13 @@ class LoRAOptions:
                 roles = ", ".join(dict.fromkeys(site.role for site in chosen))
                 raise InputError(f"parts has the key {key!r}, which names none of the targets: {roles}.")
 
-    def _shapes(self, site: Site) -> Shapes:
-        special = {"dora": self.dora, "pissa": self.init == "pissa", "parts": bool(self.part_ranks(site))}
+    def _shapes(self, site: Site, together: Sequence[Site]) -> Shapes:
+        special = {
+            "dora": self.dora and len(together) == 1,
+            "pissa": self.init == "pissa",
+            "parts": bool(self.part_ranks(site)),
+            "a shared A": len(together) > 1,
+        }
         methods = [name for name, is_wanted in special.items() if is_wanted]
         if methods and site.kind != "linear":
             raise InputError(
@@ -117,7 +151,7 @@ class LoRAOptions:
             raise InputError(f"{site.name} can not have both {methods[0]} and {methods[1]}.", fix="Leave one out.")
         if self.init == "pissa" and self.scaling(site) <= 0:
             raise InputError(f"pissa needs an alpha above 0, and {site.name} is scaled by {self.scaling(site)}.")
-        return self._part_shapes(site) if self.part_ranks(site) else self._plain_shapes(site)
+        return self._part_shapes(site) if self.part_ranks(site) else self._plain_shapes(site, together)
 
     def _part_shapes(self, site: Site) -> Shapes:
         ranks, (d_out, d_in) = self.part_ranks(site), site.shape
@@ -134,15 +168,14 @@ class LoRAOptions:
             )
         return {"lora_A": (sum(ranks), d_in), "lora_B": (width, sum(ranks))}
 
-    def _plain_shapes(self, site: Site) -> Shapes:
+    def _plain_shapes(self, site: Site, together: Sequence[Site]) -> Shapes:
         rank, (d_out, d_in) = self.rank(site), (site.shape[0], prod(site.shape[1:]))
         if rank < 1:
             raise InputError(f"a rank of {rank} is out of range: it is at least 1.")
-        if rank > min(d_out, d_in):
-            raise InputError(
-                f"a rank of {rank} is too large for {site.name}, which has {d_in} inputs and {d_out} outputs.",
-                fix=f"Take r={min(d_out, d_in)} or less.",
-            )
+        most = min(sum(one.shape[0] for one in together), d_in)
+        if rank > most:
+            what = f"{site.name}, which has {d_in} inputs and {d_out} outputs"
+            raise InputError(f"a rank of {rank} is too large for {what}.", fix=f"Take r={most} or less.")
         magnitude: Shapes = {"lora_magnitude": (d_out,)} if self.dora else {}
         if site.kind == "embedding":
             return {"lora_A": (rank, d_out), "lora_B": (d_in, rank)}
@@ -246,23 +279,35 @@ class LLaMAAdapterV2Options(LLaMAAdapterOptions):
     Attributes:
         targets: linears with a scale and a bias.
         scale_on: ``output``: s (W x + b), the paper's formula; ``input``: W (s x) + b, its released code.
-        norms: whether all norms are trained.
+        norms: which norms are trained: all, none, or those that roles, names, ends of names or globs name.
         prompts: whether there are prompts.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "attention")
     targets: tuple[str, ...] = (ALL_LINEAR,)
     scale_on: Literal["output", "input"] = "output"
-    norms: bool = True
+    norms: bool | tuple[str, ...] = True
     prompts: bool = True
 
     def plan(self, sites: Sequence[Site]) -> AdapterPlan:
-        """Scales, biases, prompts and norms. Raises as `LLaMAAdapterOptions.plan`."""
+        """Scales, biases, prompts and norms.
+
+        Raises:
+            UnknownNameError: a target names no linear, or a name in ``norms`` no norm.
+            InputError: as `LLaMAAdapterOptions.plan`, or ``norms`` is neither a bool nor names.
+        """
         linears = choose_sites(sites, self.targets, ("linear",))
         side = 0 if self.scale_on == "output" else 1
         affine = [Addition(s, {"v2_scale": (s.shape[side],), "v2_bias": s.shape[:1]}) for s in linears]
         prompts = list(self._prompts(sites)) if self.prompts else []
-        return AdapterPlan(tuple(affine + prompts), _norms(sites) if self.norms else {})
+        return AdapterPlan(tuple(affine + prompts), _norms(self._trained_norms(sites)))
+
+    def _trained_norms(self, sites: Sequence[Site]) -> Sequence[Site]:
+        if isinstance(self.norms, bool):
+            return sites if self.norms else ()
+        if not isinstance(self.norms, tuple | list):
+            raise InputError(f"norms are True, False or a list of names, not {self.norms!r}.")
+        return choose_sites(sites, self.norms, ("norm",))
 
 
 def _norms(sites: Sequence[Site]) -> Shapes:

@@ -12,6 +12,7 @@ class Full(Adapter):
     """Everything."""
 
     options_type: ClassVar[type] = FullOptions
+    learning_rate: ClassVar[float] = 2e-5
     keeps_original: ClassVar[bool] = False  # it would take the memory of a second model
 
 
@@ -19,9 +20,11 @@ class BitFit(Adapter):
     """The biases."""
 
     options_type: ClassVar[type] = BitFitOptions
+    learning_rate: ClassVar[float] = 1e-3
 
 
 class NormTuning(Adapter):
     """The norms."""
 
     options_type: ClassVar[type] = NormOptions
+    learning_rate: ClassVar[float] = 1e-3

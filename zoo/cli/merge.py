@@ -35,7 +35,8 @@ def command(
 ) -> None:
     """Write MODEL with ADAPTER in its weights to OUT, a plain model directory.
 
-    MODEL is a registry name, a directory, a GGUF file or hf:org/name. ADAPTER is an adapter directory, PEFT's or zoo's.
+    MODEL is a registry name, a directory, a GGUF file or hf:org/name. ADAPTER is an adapter directory or file,
+    with what it does not say behind it: lora.pt,alpha=16.
     Prints how far merging moves the logits: weights in bf16 round the update.
     """
     import_torch()
@@ -62,6 +63,8 @@ def command(
         device=choose_device(device),
         registry=app.registry,
     )
+    for line in merged.notes:
+        note(line)
     name = str(merged.dtype).removeprefix("torch.")
     if as_json:
         facts = {"path": str(out), "tensors": merged.exported.n_tensors, "bytes": merged.exported.n_bytes}

@@ -26,8 +26,9 @@ _LOADING = [
     click.option(
         "--adapter",
         multiple=True,
-        metavar="[NAME=]DIR",
-        help="An adapter directory, PEFT's or zoo's; several apply one after the other. Merged for --compile.",
+        metavar="[NAME=]DIR[,KEY=VALUE]",
+        help="An adapter directory or file; several apply one after the other. Merged for --compile. What a file does "
+        "not say follows it: lora.pt,alpha=16.",
     ),
     click.option("--revision", help="Branch, tag or commit on the hub."),
     click.option("--token", envvar="HF_TOKEN", help="Access token for gated models. [env: HF_TOKEN]"),
@@ -101,6 +102,8 @@ def load_from_options(
     for directory, attached in zip(adapters.values(), lm.adapters, strict=True):
         state = "merged" if attached.merged else "active"
         note(f"{directory}: {attached.adapter.name}, {attached.plan.n_trainable:,} parameters, {state}")
+        for line in attached.notes:
+            note(line)
     for line in lm.notes:
         note(line)
     return lm
@@ -111,7 +114,7 @@ def _named(given: tuple[str, ...]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for number, text in enumerate(given):
         name, separator, path = text.partition("=")
-        if not separator or Path(text).exists():
+        if not separator or "," in name or Path(text).exists():
             name, path = f"adapter-{number}", text
         if not name or "." in name or "/" in name:
             raise InputError(f"{name!r} is no name for an adapter.", fix="Give --adapter NAME=DIR, without dots.")

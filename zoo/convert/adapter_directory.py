@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from zoo.adapters.attach import AttachedAdapter
 from zoo.adapters.discover import sites_of
 from zoo.adapters.plans import IA3Options, LLaMAAdapterOptions, LoRAOptions
 from zoo.convert import litgpt_adapters, llama_adapter_files
+from zoo.convert.adapter_base import record_base
+from zoo.convert.adapter_coverage import require_targets
 from zoo.convert.adapter_files import CONFIG, StoredAdapter, read_config, read_tensors, write_files
 from zoo.convert.adapter_names import OwnNames
+from zoo.convert.adapter_path import split_options
 from zoo.convert.litgpt_adapters import litgpt_names, read_litgpt_adapter
 from zoo.convert.llama_adapter_files import read_llama_adapter_checkpoint
 from zoo.convert.loralib import read_loralib
@@ -28,8 +32,20 @@ from zoo.errors import FileFormatError, InputError
 from zoo.models.gpt import GPT
 
 OWN_TYPE = "ZOO"
-_AS_PEFT = {IA3Options: write_ia3, LLaMAAdapterOptions: write_prompts}
+_AS_PEFT = {LoRAOptions: write_peft, IA3Options: write_ia3, LLaMAAdapterOptions: write_prompts}
 """How PEFT's layout is written for options of exactly these types, where it can hold the adapter."""
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number"),
+    "enabled": (
+        lambda value: isinstance(value, list | tuple) and {*value} <= {True, False},
+        "a list of true and false",
+    ),
+    "layers": (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+    "gate": (lambda value: value in ("tanh", "linear"), "tanh or linear"),
+    "partial": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""What the options of readers may be, besides ``None``, which is as if they were not given."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ def _read_official(path: Path, module: nn.Module, names: OwnNames, **options: An
 _PROGRAMS = (
     Reader("LitGPT", litgpt_adapters.reads, _read_litgpt),
     Reader("LLaMA-Adapter's repository", llama_adapter_files.reads, _read_official, options=("layers", "gate")),
-    Reader("loralib", _is_torch_file, _read_loralib, options=("alpha", "enabled")),
+    Reader("loralib", _is_torch_file, _read_loralib, options=("alpha", "enabled", "partial")),
 )
 """The first that reads a path has it. loralib's files have no mark, so it takes what is left and stands last."""
 
@@ -78,9 +94,13 @@ _PROGRAMS = (
 def check_adapter(path: Path) -> None:
     """Look whether there is an adapter, without reading its weights.
 
+    Args:
+        path: of files, or with options behind it, as `split_options` takes it.
+
     Raises:
         FileFormatError: there is none.
     """
+    path, _ = split_options(path)
     if not any(reader.reads(path) for reader in _PROGRAMS):
         read_config(path)
 
@@ -94,20 +114,31 @@ def read_adapter(path: Path, module: nn.Module, names: OwnNames, **options: Any)
 
     Raises:
         FileFormatError: a file is missing or damaged, or the adapter is of a kind that zoo does not know.
-        InputError: an option is not one of the reader's.
+        InputError: an option is not one of the reader's, or has a value that it can not have.
     """
-    directory = Reader("PEFT and zoo", Path.is_dir, _read_directory)
+    directory = Reader("PEFT and zoo", Path.is_dir, _read_directory, options=("partial",))
     reader = next((reader for reader in _PROGRAMS if reader.reads(path)), directory)
     if unknown := [option for option in options if option not in reader.options]:
-        taken = f"It takes {' and '.join(reader.options)}." if reader.options else "Leave it out: its files say it."
-        raise InputError(f"{path} is read as {reader.program} saves, without an option {unknown[0]!r}.", fix=taken)
+        others = f", or take {' or '.join(reader.options)}" if reader.options else ""
+        raise InputError(
+            f"{path} is read as {reader.program} saves, without an option {unknown[0]!r}.", fix=f"Leave it out{others}."
+        )
+    for option, value in options.items():
+        is_allowed, described = _OPTIONS[option]
+        if value is not None and not is_allowed(value):
+            raise InputError(f"{path}: {option} is {described}, not {value!r}.")
     return reader.read(path, module, names, **options)
 
 
-def _read_directory(directory: Path, module: nn.Module, names: OwnNames) -> StoredAdapter:
+def _read_directory(
+    directory: Path, module: nn.Module, names: OwnNames, *, partial: bool | None = False
+) -> StoredAdapter:
     config = read_config(directory)
     if config.get("peft_type") != OWN_TYPE:
-        return read_peft(directory, names)
+        stored = read_peft(directory, names)
+        if not partial and config["peft_type"] in ("LORA", "IA3"):
+            require_targets(config, {names.module(site) for site in _sites_with_parts(stored)}, names, directory)
+        return stored
     try:
         adapter, options = config["zoo_adapter"], dict(config["zoo_options"])
     except (KeyError, TypeError, ValueError):
@@ -115,19 +146,20 @@ def _read_directory(directory: Path, module: nn.Module, names: OwnNames) -> Stor
     return StoredAdapter(adapter, options, read_tensors(directory))
 
 
-def write_adapter(handle: AttachedAdapter, directory: Path, names: OwnNames, *, base: str | None = None) -> list[str]:
-    """Write an adapter; returns what a reader should know, one line each.
+def _sites_with_parts(stored: StoredAdapter) -> set[str]:
+    keys = (key.rpartition(".") for key in stored.state)
+    return {site for site, _, leaf in keys if leaf in ("lora_B", "ia3_output", "ia3_input")}
 
-    Raises:
-        InputError: it is a LoRA that PEFT's layout can not hold.
-    """
+
+def write_adapter(handle: AttachedAdapter, directory: Path, names: OwnNames, *, base: str | None = None) -> list[str]:
+    """Write an adapter; returns what a reader should know, one line each."""
     options: Any = handle.adapter.options
-    if isinstance(options, LoRAOptions):
-        return write_peft(handle, directory, names, base=base)
     notes = []
     if write := _AS_PEFT.get(type(options)):
         try:
-            return write(handle, directory, names, base=base)
+            told = write(handle, directory, names, base=base)
+            record_base(directory, handle.root, base)
+            return told
         except InputError as error:
             notes.append(f"written in zoo's own layout, which PEFT does not read: {error.message}")
     config = {
@@ -137,4 +169,5 @@ def write_adapter(handle: AttachedAdapter, directory: Path, names: OwnNames, *, 
         "base_model_name_or_path": base,
     }
     write_files(directory, config, handle.state_dict(), prefix="")
+    record_base(directory, handle.root, base)
     return notes

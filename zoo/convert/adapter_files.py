@@ -27,11 +27,13 @@ class StoredAdapter:
         adapter: registered name.
         options: of the adapter.
         state: what `AttachedAdapter.load_state_dict` takes.
+        notes: what was assumed because the files do not say it, one line each.
     """
 
     adapter: str
     options: dict[str, Any]
     state: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

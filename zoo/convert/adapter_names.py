@@ -15,6 +15,8 @@ from zoo.families.base import KeyMap, Rule
 from zoo.families.transforms import Transposed
 from zoo.spec import ModelSpec
 
+_IN_MEMORY = {"gpt_neox": {"embed_out.weight": "lm_head.weight"}}
+"""By model type, what ``transformers`` calls in memory, where PEFT finds it, but not in files: since version 5."""
 Parts = list[str]
 """Our sites that one module outside holds, in its order."""
 
@@ -62,6 +64,18 @@ class OwnNames:
         """The inverse of `split`."""
         return rows[0]
 
+    def parameters(self, name: str) -> Parts:
+        """Our parameters that one outside holds: a weight or a bias, by its name."""
+        return [name]
+
+    def split_parameter(self, name: str, stored: Tensor) -> list[Tensor]:
+        """A parameter outside, by our `parameters`."""
+        return [stored]
+
+    def merge_parameter(self, name: str, ours: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split_parameter`."""
+        return ours[0]
+
     def attention_site(self, module: str) -> str:
         """Our site of an attention layer outside."""
         return module
@@ -79,8 +93,10 @@ class FamilyNames(OwnNames):
     """
 
     def __init__(self, keys: KeyMap, spec: ModelSpec, model_type: str | None = None) -> None:
-        rules = [rule for rule in keys.rules(spec) if rule.stored.endswith(".weight")]
-        self._rules = {rule.stored.removesuffix(".weight"): rule for rule in rules}
+        self._in_memory = _IN_MEMORY.get(model_type or "", {})
+        self._parameters = {self._in_memory.get(rule.stored, rule.stored): rule for rule in keys.rules(spec)}
+        weights = {name: rule for name, rule in self._parameters.items() if name.endswith(".weight")}
+        self._rules = {name.removesuffix(".weight"): rule for name, rule in weights.items()}
         self._modules = {_parent(name): module for module, rule in self._rules.items() for name in rule.ours}
         self.spec, self.model_type = spec, model_type
         super().__init__(self._rules)
@@ -131,6 +147,31 @@ class FamilyNames(OwnNames):
         rule = self._rule(module)
         return rule.merge(rows) if rule.transform.moves_rows else torch.cat(list(rows))
 
+    def parameters(self, name: str) -> Parts:
+        """Our parameters that one outside holds: a weight or a bias, by its name.
+
+        Raises:
+            FileFormatError: the model has no such parameter.
+        """
+        return list(self._parameter(name).ours)
+
+    def split_parameter(self, name: str, stored: Tensor) -> list[Tensor]:
+        """A parameter outside, by our `parameters`.
+
+        Raises:
+            FileFormatError: it has another shape than in the model.
+        """
+        rule = self._parameter(name)
+        if tuple(stored.shape) != rule.stored_shape:
+            raise FileFormatError(
+                f"the adapter has {name} of the shape {tuple(stored.shape)}, which is {rule.stored_shape} in the model."
+            )
+        return rule.split(stored)
+
+    def merge_parameter(self, name: str, ours: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split_parameter`."""
+        return self._parameter(name).merge(ours)
+
     def attention_site(self, module: str) -> str:
         """Our site of an attention layer outside: that of its queries.
 
@@ -148,9 +189,16 @@ class FamilyNames(OwnNames):
         return _parent(self.module(f"{site}.q"))
 
     def _rule(self, module: str) -> Rule:
-        if module not in self._rules:
+        name = self._in_memory.get(f"{module}.weight", module).removesuffix(".weight")
+        if name not in self._rules:
             raise FileFormatError(f"the adapter has weights for {module}, and the model has no such module.")
-        return self._rules[module]
+        return self._rules[name]
+
+    def _parameter(self, name: str) -> Rule:
+        known = self._in_memory.get(name, name)
+        if known not in self._parameters:
+            raise FileFormatError(f"the adapter has {name}, and the model has no such parameter.")
+        return self._parameters[known]
 
 
 def _parent(name: str) -> str:

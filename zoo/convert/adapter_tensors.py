@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.convert.torch_file import some
 from zoo.errors import FileFormatError
+from zoo.plan.sites import Site
 
 Shape = tuple[int, ...]
 
@@ -58,3 +59,10 @@ def take_apart(
         values = tensors[key].flatten().split([prod(shape) for shape in stored.ours.values()])
         found |= {name: part.view(shape) for (name, shape), part in zip(stored.ours.items(), values, strict=True)}
     return found
+
+
+def norms_option(trained: Collection[Site], norms: Collection[Site]) -> bool | tuple[str, ...]:
+    """Which of a model's norms are trained, for an adapter's ``norms``; those of a role together."""
+    if len(trained) == len(norms):
+        return bool(norms)
+    return tuple(dict.fromkeys(site.role for site in trained)) or False

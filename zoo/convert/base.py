@@ -227,11 +227,11 @@ def what_is_lost(spec: ModelSpec, again: ModelSpec, number: Callable[[float], fl
         again: what the other format says about it.
         number: what becomes of numbers there.
     """
-    said, found = _facts(spec, number), _facts(again, number)
+    said, found = facts_of(spec, number), facts_of(again, number)
     return [f"{name} = {value!r}" for name, value in said.items() if name not in found or found[name] != value]
 
 
-def _facts(spec: ModelSpec, number: Callable[[float], float]) -> dict[str, Any]:
+def facts_of(spec: ModelSpec, number: Callable[[float], float]) -> dict[str, Any]:
     """The fields of a spec but those of training alone; a rotary setting is named with its parents."""
     facts: dict[str, Any] = {}
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from zoo.errors import FileFormatError, MissingTokenizerError
 from zoo.text.json_files import read_json_object
+from zoo.text.new_tokenizers import character_tokenizer
 from zoo.text.tokenizer import Tokenizer
 
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "LICENSE", "LICENSE.txt")
@@ -88,11 +87,3 @@ def _read_plain_pickle(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise FileFormatError(f"{path} must hold a dict, not a {type(content).__name__}.")
     return content
-
-
-def character_tokenizer(ids: dict[str, int]) -> Tokenizer:
-    """One token per character. Text with any other character can not be encoded."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unknown>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    return Tokenizer(backend, {"clean_up_tokenization_spaces": False})

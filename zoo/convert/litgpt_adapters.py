@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zoo.convert.adapter_files import StoredAdapter
 from zoo.convert.adapter_names import FamilyNames, OwnNames
-from zoo.convert.adapter_tensors import StoredTensor, take_apart
+from zoo.convert.adapter_tensors import StoredTensor, norms_option, take_apart
 from zoo.convert.litgpt import KEYS, read_settings
 from zoo.convert.litgpt_config import WEIGHTS
 from zoo.convert.torch_file import checked_tensors, load_torch_file, some
@@ -39,7 +39,8 @@ _FLAGS = {
 }
 """The setting that says whether sites of a role have LoRA."""
 _NUMBERS = ("lora_r", "lora_alpha", "lora_dropout")
-_TRAINED_NORMS = (".norm_1.", ".norm_2.", ".ln_f.")
+_TRAINED_NORMS = (".norm_1", ".norm_2", ".ln_f")
+"""LitGPT leaves other norms, such as those of queries and keys, as they are."""
 _PROMPT, _GATE = "adapter_wte.weight", "gating_factor"
 _FIX = "Take the model that it was trained on."
 
@@ -72,8 +73,7 @@ def read_litgpt_adapter(path: Path, sites: Sequence[Site], names: OwnNames) -> S
         names: `litgpt_names` of its spec.
 
     Raises:
-        FileFormatError: there is no such file, it is damaged, of LitGPT before 0.5.5, or of another model; or it is
-            v2, and the model has norms that LitGPT does not train.
+        FileFormatError: there is no such file, it is damaged, of LitGPT before 0.5.5, or of another model.
         InputError: the directory holds several.
     """
     file = _only_file(path)
@@ -179,14 +179,19 @@ def _read_v2(file: Path, tensors: Mapping[str, Tensor], sites: Sequence[Site], n
     """A scale and a bias (D_out,) on every linear, also the head; prompts; and the norms that LitGPT trains."""
     tensors = _new_gates(tensors)
     wanted, options = _prompts(tensors, sites, names)
-    options |= {"scale_on": "output", "norms": True, "prompts": bool(wanted)}
+    options |= {"scale_on": "output", "prompts": bool(wanted)}
     modules = _modules(sites, names)
     for module, parts in modules.items():
         for theirs, ours in (("adapter_scale", "v2_scale"), ("adapter_bias", "v2_bias")):
             shapes = {f"{site.name}.{ours}": site.shape[:1] for site in parts}
             wanted[f"{module}.{theirs}"] = StoredTensor.stacked(shapes)
     options["targets"] = tuple(f"={site.name}" for parts in modules.values() for site in parts)
-    wanted |= _norms(file, tensors, sites, names)
+    norms = [site for site in sites if site.kind == "norm"]
+    trained = [site for site in norms if names.module(site.name).endswith(_TRAINED_NORMS)]
+    options["norms"] = norms_option(trained, norms)
+    for site in trained:
+        for name, shape in site.parameters.items():
+            wanted[names.module(site.name) + name.removeprefix(site.name)] = StoredTensor(shape, {name: shape})
     return StoredAdapter("llama-adapter-v2", options, take_apart(tensors, wanted, file, fix=_FIX))
 
 
@@ -221,25 +226,6 @@ def _prompts(
         wanted[f"{at}.{_PROMPT}"] = StoredTensor.stacked(prompt)
         wanted[f"{at}.{_GATE}"] = StoredTensor((1, 1, n_heads, 1), {f"{site.name}.gate": (n_heads,)})
     return wanted, options
-
-
-def _norms(
-    file: Path, tensors: Mapping[str, Tensor], sites: Sequence[Site], names: OwnNames
-) -> dict[str, StoredTensor]:
-    wanted = {}
-    for site in sites:
-        if site.kind == "norm":
-            for name, shape in site.parameters.items():
-                leaf = name.rpartition(".")[2]
-                wanted[f"{names.module(site.name)}.{leaf}"] = StoredTensor(shape, {name: shape})
-    left = [key for key in wanted if key not in tensors and not any(norm in key for norm in _TRAINED_NORMS)]
-    if left:
-        raise FileFormatError(
-            f"{file} lacks {some(left)}. LitGPT trains only norm_1, norm_2 and ln_f, and zoo's llama-adapter-v2 trains "
-            "every norm of a model or none, so it can not hold this adapter.",
-            fix="Finetune it anew with zoo, or take a model without other norms.",
-        )
-    return wanted
 
 
 _Reader = Callable[[Path, Mapping[str, Tensor], Sequence[Site], OwnNames], StoredAdapter]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from zoo.convert.adapter_files import StoredAdapter
-from zoo.convert.adapter_tensors import StoredTensor, take_apart
+from zoo.convert.adapter_tensors import StoredTensor, norms_option, take_apart
 from zoo.convert.torch_file import checked_tensors, load_torch_file, some
 from zoo.errors import FileFormatError, InputError
 from zoo.plan.sites import Site
@@ -72,8 +72,8 @@ def read_llama_adapter_checkpoint(
             was one gate a layer, so that files with such gates are ``linear`` by default.
 
     Raises:
-        FileFormatError: the file is missing or damaged, of another model or of a multimodal one, or holds some of the
-            model's norms and not all.
+        FileFormatError: the file is missing or damaged, of another model or of a multimodal one, or holds norms of
+            some layers and not of all.
         InputError: the prompts can not be divided among so many layers.
     """
     tensors = _read_tensors(path)
@@ -83,21 +83,30 @@ def read_llama_adapter_checkpoint(
         )
     options: dict[str, Any] = {}
     wanted: dict[str, StoredTensor] = {}
+    notes: tuple[str, ...] = ()
     is_v2 = any(_V2.fullmatch(key) for key in tensors)
     if _QUERY in tensors:
         wanted, options = _prompts(path, tensors, sites, layers, gate)
         idle = {f"layers.{site.layer}.attention.gate" for site in sites if site.kind == "attention"} - wanted.keys()
         tensors = {key: tensor for key, tensor in tensors.items() if key not in idle}
+        notes = _assumed(path, options, layers, gate)
     elif not is_v2:
         raise FileFormatError(f"{path} lacks {_QUERY}.", fix="Give the file with the prompts and gates.")
     if not is_v2:
-        return StoredAdapter("llama-adapter", options, take_apart(tensors, wanted, path, fix=_FIX))
-    norms = _norms(path, tensors, sites)
+        return StoredAdapter("llama-adapter", options, take_apart(tensors, wanted, path, fix=_FIX), notes)
+    norms, trained = _norms(path, tensors, sites)
     linears = [site for site in sites if site.role in _LINEARS]
-    options |= {"scale_on": "input", "norms": bool(norms), "prompts": bool(wanted)}
+    options |= {"scale_on": "input", "norms": trained, "prompts": bool(wanted)}
     options["targets"] = tuple(f"={site.name}" for site in linears)
     state = take_apart(tensors, wanted | _affine(linears) | norms, path, fix=_FIX)
-    return StoredAdapter("llama-adapter-v2", options, state | _biases_in_our_order(state, sites))
+    return StoredAdapter("llama-adapter-v2", options, state | _biases_in_our_order(state, sites), notes)
+
+
+def _assumed(path: Path, options: Mapping[str, Any], layers: int | None, gate: str | None) -> tuple[str, ...]:
+    given = {"layers": layers, "gate": gate}
+    assumed = [f"{name}={options[name]}" for name, value in given.items() if value is None]
+    said = f"{path} does not say how it was trained: {' and '.join(assumed)} assumed. Else give it, as in {path},"
+    return (said + ",".join(f"{name}=..." for name, value in given.items() if value is None) + ".",) if assumed else ()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -161,23 +170,23 @@ def _affine(linears: Sequence[Site]) -> dict[str, StoredTensor]:
     return wanted
 
 
-def _norms(path: Path, tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, StoredTensor]:
-    """All norms, or none if the file has none."""
-    wanted = {}
-    for site in sites:
-        if site.kind == "norm":
-            at = "norm" if site.layer is None else f"layers.{site.layer}.{_NORMS.get(site.role, site.role)}"
-            wanted[f"{at}.weight"] = StoredTensor(site.shape, {f"{site.name}.weight": site.shape})
-    missing = wanted.keys() - tensors.keys()
-    if missing == wanted.keys():
-        return {}
-    if missing:
-        raise FileFormatError(
-            f"{path} holds norms and lacks {some(missing)}. Zoo's llama-adapter-v2 trains every norm of a model or "
-            "none, so it can not hold this adapter.",
-            fix="Add the missing ones to the file, as they are in the model that it was trained on.",
-        )
-    return wanted
+def _norms(
+    path: Path, tensors: Mapping[str, Tensor], sites: Sequence[Site]
+) -> tuple[dict[str, StoredTensor], bool | tuple[str, ...]]:
+    """The norms that the file holds, each in all layers or in none, and the option that says which those are.
+
+    The released code trains those of layers, and leaves the last one as it is.
+    """
+    norms: dict[str, Site] = {}
+    for site in (site for site in sites if site.kind == "norm"):
+        at = "norm" if site.layer is None else f"layers.{site.layer}.{_NORMS.get(site.role, site.role)}"
+        norms[f"{at}.weight"] = site
+    roles = {site.role for key, site in norms.items() if key in tensors}
+    trained = {key: site for key, site in norms.items() if site.role in roles}
+    if missing := trained.keys() - tensors.keys():
+        raise FileFormatError(f"{path} holds norms of some layers, and lacks {some(missing)}.", fix=_FIX)
+    wanted = {key: StoredTensor(site.shape, {f"{site.name}.weight": site.shape}) for key, site in trained.items()}
+    return wanted, norms_option(trained.values(), norms.values())
 
 
 def _biases_in_our_order(state: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:

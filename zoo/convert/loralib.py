@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.convert.adapter_coverage import require_whole_layers
 from zoo.convert.adapter_files import StoredAdapter
 from zoo.convert.adapter_names import OwnNames
 from zoo.convert.torch_file import checked_tensors, load_torch_file, some, without_prefix
@@ -48,8 +49,9 @@ def read_loralib(
     sites: Sequence[Site],
     names: OwnNames = _SAME,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     enabled: Sequence[bool] | None = None,
+    partial: bool | None = False,
 ) -> StoredAdapter:
     """Read an adapter for a model with these sites, whose modules are named so outside.
 
@@ -58,12 +60,14 @@ def read_loralib(
     its parts. It computes the same; trained on, the zeros beside the blocks train too.
 
     Args:
-        alpha: ``lora_alpha``, which the file does not hold.
+        alpha: ``lora_alpha``, which the file does not hold; by default loralib's, 1, which is noted.
         enabled: ``enable_lora`` of the file's `MergedLinear`, needed if some of their parts are inactive.
+        partial: whether it may lack modules of layers that it adapts: see `require_whole_layers`.
 
     Raises:
-        FileFormatError: the file is missing or damaged, may have been saved while merged, holds a convolution or
-            anything else that is no LoRA or bias, the model lacks a module of it, or a rank is above that of a weight.
+        FileFormatError: the file is missing or damaged, may have been saved while merged, lacks a module, holds a
+            convolution or anything else that is no LoRA or bias, the model lacks a module of it, or a rank is above
+            that of a weight.
         InputError: ``enabled`` is needed, or does not fit.
     """
     by_name = {site.name: site for site in sites}
@@ -83,12 +87,16 @@ def read_loralib(
             biases |= _split_bias(module, tensors[f"{module}.bias"], inside, names, path)
     if not updates:
         raise FileFormatError(f"{path} holds no LoRA weights.", fix="Save lora.lora_state_dict(model) with loralib.")
+    if not partial:
+        require_whole_layers(updates.keys(), sites, names, path)
     for name, update in updates.items():
         _check_rank(by_name[name], update, path)
     bias = _bias_option(biases, updates, idle, by_name, path)
     state = {f"{name}.lora_A": update.A for name, update in updates.items()}
     state |= {f"{name}.lora_B": update.B for name, update in updates.items()}
-    return StoredAdapter("lora", _options(updates, alpha, bias, by_name), state | biases)
+    options = _options(updates, 1.0 if alpha is None else alpha, bias, by_name)
+    note = f"{path} does not say its alpha: 1, loralib's default, is assumed. Else give alpha=, as in {path},alpha=16."
+    return StoredAdapter("lora", options, state | biases, (note,) if alpha is None else ())
 
 
 def _read_tensors(path: Path, by_name: Mapping[str, Site]) -> dict[str, Tensor]:

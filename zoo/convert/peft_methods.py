@@ -11,7 +11,7 @@ Shape letters: D_out, D_in of a module, P prompt, D model width, N heads, K kv h
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zoo.adapters.attach import AttachedAdapter
 from zoo.adapters.plans import LLaMAAdapterOptions
-from zoo.convert.adapter_files import CONFIG, WEIGHTS, StoredAdapter, write_files
+from zoo.convert.adapter_files import CONFIG, StoredAdapter, write_files
 from zoo.convert.adapter_names import OwnNames
 from zoo.errors import FileFormatError, InputError
 from zoo.models.attention import attention_scale
@@ -50,7 +50,7 @@ def read_ia3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Ow
     """Factors ``<module>.ia3_l``: (D_out, 1), or (1, D_in) of a feed-forward module; also of transposed weights.
 
     Raises:
-        FileFormatError: an option is not zoo's, or a tensor is missing or unknown.
+        FileFormatError: an option is not zoo's, or a tensor is unknown.
     """
     _refuse_options(config, _IA3_KEYS, where)
     state: dict[str, Tensor] = {}
@@ -65,33 +65,11 @@ def read_ia3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Ow
             state |= {f"{site}.ia3_output": part for site, part in parts}
         else:
             state |= {f"{site}.ia3_input": tensor.flatten() for site in sites}
-    _require_targets(config, {key.rpartition(".")[0] for key in tensors}, names, where)
     options = {
         "targets": tuple(f"={key.removesuffix('.ia3_output')}" for key in state if key.endswith(".ia3_output")),
         "feedforward": tuple(f"={key.removesuffix('.ia3_input')}" for key in state if key.endswith(".ia3_input")),
     }
     return StoredAdapter("ia3", options, state)
-
-
-def _require_targets(config: Mapping[str, Any], given: Collection[str], names: OwnNames, where: Path) -> None:
-    """Refuses a file that lacks a factor: nothing else tells it from one that was made for fewer modules."""
-    excluded = config.get("exclude_modules")
-    targets = [m for m in names.modules() if _names(config.get("target_modules"), m) and not _names(excluded, m)]
-    missing = [module for module in targets if module not in given]
-    if missing or not given:
-        what = f"of {missing[0]} and {len(missing) - 1} other modules" if missing else "at all"
-        raise FileFormatError(
-            f"{where / WEIGHTS} holds no IA3 weights {what}, and its target_modules are "
-            f"{config.get('target_modules')!r}.",
-            fix="Save or copy the adapter again.",
-        )
-
-
-def _names(targets: str | Sequence[str] | None, module: str) -> bool:
-    """Whether PEFT's ``target_modules`` name a module: a regular expression, or names and ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
 def write_ia3(handle: AttachedAdapter, directory: Path, names: OwnNames, *, base: str | None = None) -> list[str]:
@@ -104,7 +82,7 @@ def write_ia3(handle: AttachedAdapter, directory: Path, names: OwnNames, *, base
     modules = list(dict.fromkeys(names.module(addition.site.name) for addition in handle.plan.additions))
     factors = {module: _factor(module, names, state) for module in modules}
     inputs = sorted(module for module in modules if f"{names.sites(module)[0]}.ia3_input" in state)
-    config = _common("IA3", base) | {
+    config = common_config("IA3", handle, names, base) | {
         "target_modules": sorted(modules),
         "feedforward_modules": _exactly(inputs, [module for module in modules if module not in inputs]),
         "fan_in_fan_out": all(map(names.is_transposed, modules)),
@@ -196,7 +174,7 @@ def write_prompts(handle: AttachedAdapter, directory: Path, names: OwnNames, *, 
             raise InputError(f"PEFT has one gate for a layer, and the heads of {site} have their own")
         tensors[f"{module}.adaption_prompt"] = state[f"{site}.prompt"][None]
         tensors[f"{module}.adaption_gate"] = gates[:1].tanh() if options.gate == "tanh" else gates[:1]
-    config = _common("ADAPTION_PROMPT", base) | {
+    config = common_config("ADAPTION_PROMPT", handle, names, base) | {
         "target_modules": next(iter(modules.values())).rpartition(".")[2],
         "adapter_len": options.prompt_length,
         "adapter_layers": len(modules),
@@ -235,5 +213,8 @@ def _refuse_options(config: Mapping[str, Any], known: Collection[str], where: Pa
             )
 
 
-def _common(kind: str, base: str | None) -> dict[str, Any]:
-    return {"peft_type": kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+def common_config(kind: str, handle: AttachedAdapter, names: OwnNames, base: str | None) -> dict[str, Any]:
+    """What is in every ``adapter_config.json``; PEFT loads a task's adapter only on a model that has its methods."""
+    is_language_model = names.spec is not None or hasattr(handle.root, "prepare_inputs_for_generation")
+    task = "CAUSAL_LM" if is_language_model else None
+    return {"peft_type": kind, "task_type": task, "base_model_name_or_path": base, "inference_mode": True}

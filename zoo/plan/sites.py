@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
 
-from zoo.errors import UnknownNameError
+from zoo.errors import InputError, UnknownNameError
 from zoo.plan.parameters import parameter_shapes
 from zoo.spec import ModelSpec
 
@@ -32,6 +32,7 @@ class Site:
         layer: counted from 0; ``None`` outside of the layers.
         has_bias: whether there is a bias beside the weight.
         tied: whether another module uses the same weight.
+        transposed: whether the module holds its weight inputs first.
     """
 
     name: str
@@ -41,13 +42,14 @@ class Site:
     layer: int | None = None
     has_bias: bool = False
     tied: bool = False
+    transposed: bool = False
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """The site's own parameters by name in the module tree."""
         if self.kind == "attention":
             return {}
-        shapes = {f"{self.name}.weight": self.shape}
+        shapes = {f"{self.name}.weight": self.shape[::-1] if self.transposed else self.shape}
         return shapes | {f"{self.name}.bias": self.shape[:1]} if self.has_bias else shapes
 
 
@@ -88,16 +90,24 @@ def choose_sites(sites: Sequence[Site], targets: Iterable[str], kinds: Sequence[
 
     Raises:
         UnknownNameError: a target names no site of these kinds.
+        InputError: `ALL_LINEAR` names none.
     """
     possible = [site for site in sites if site.kind in kinds]
     chosen: dict[str, Site] = {}
     for target in targets:
         named = [site for site in possible if _matcher(target)(site)]
         if not named:
-            roles = list(dict.fromkeys(site.role for site in possible))
-            raise UnknownNameError("site", target, [*roles, ALL_LINEAR], fix="Sites: " + ", ".join(roles) + ".")
+            raise _names_nothing(target, list(dict.fromkeys(site.role for site in possible)), kinds)
         chosen |= {site.name: site for site in named}
     return [site for site in possible if site.name in chosen]
+
+
+def _names_nothing(target: str, roles: Sequence[str], kinds: Sequence[Kind]) -> InputError:
+    listed = f"Sites: {', '.join(roles)}." if roles else f"The model has no site of the kinds {', '.join(kinds)}."
+    if target == ALL_LINEAR and "linear" in kinds:
+        only, fix = (" but the head", 'Target it by its role: "head".') if "head" in roles else ("", listed)
+        return InputError(f"{ALL_LINEAR} is every linear but the head, and this model has no linear{only}.", fix=fix)
+    return UnknownNameError("site", target, [*roles, ALL_LINEAR] if "linear" in kinds else roles, fix=listed)
 
 
 def _matcher(target: str) -> Callable[[Site], bool]:
@@ -119,10 +129,15 @@ def last_layers(sites: Iterable[Site], n_layers: int) -> Iterator[Site]:
 
 @dataclass(frozen=True)
 class Addition:
-    """New parameters at a site, by name; the adapter's own names, such as ``lora_A``."""
+    """New parameters at a site, by name; the adapter's own names, such as ``lora_A``.
+
+    Attributes:
+        shared: parameters that are another site's too, by name: that site, whose addition has their shapes.
+    """
 
     site: Site
     shapes: dict[str, tuple[int, ...]]
+    shared: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def read_provenance(directory: Path) -> Provenance:
     Raises:
         FileFormatError: it is damaged.
     """
-    content = _read(directory / FILE_NAME)
+    content = read_facts(directory)
     source, model, sha256 = content.get("source"), content.get("model"), content.get("sha256")
     return Provenance(
         source=str(source) if source else None,
@@ -49,8 +49,7 @@ def write_provenance(directory: Path, provenance: Provenance, **facts: Any) -> N
     """
     from ruamel.yaml import YAML
 
-    path = directory / FILE_NAME
-    content = _read(path)
+    content = read_facts(directory)
     content.update(
         schema=1,
         model=provenance.model,
@@ -62,7 +61,7 @@ def write_provenance(directory: Path, provenance: Provenance, **facts: Any) -> N
     yaml.default_flow_style = False
     yaml.width = 4096
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares it as None
-    yaml.dump(content, path)
+    yaml.dump(content, directory / FILE_NAME)
 
 
 def digest_weights(directory: Path, promised: Mapping[str, str]) -> dict[str, str]:
@@ -91,10 +90,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_facts(directory: Path) -> dict[str, Any]:
+    """All that ``zoo.yaml`` says, as plain data; empty if there is none.
+
+    Raises:
+        FileFormatError: it is damaged.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    path = directory / FILE_NAME
     if not path.is_file():
         return {}
     try:
