@@ -51,11 +51,12 @@ def load(
     quantize: str | None = None,
     compile: bool = False,  # noqa: A002 - as torch calls it
     adapters: Mapping[str, str | Path] | Sequence[str | Path] = (),
+    training: bool = False,
     fetch: FetchOptions | None = None,
     registry: Registry | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> LanguageModel:
-    """Load a model for inference.
+    """Load a model.
 
     Args:
         model: a registry name, a model directory, a GGUF file, or a source such as ``hf:org/name``. What is not there
@@ -68,6 +69,7 @@ def load(
         compile: decode with a compiled model; the first token then takes about a minute. Adapters are merged for it.
         adapters: adapter directories, PEFT's or zoo's, that apply one after the other. With names (a mapping),
             ``generate`` can choose among them.
+        training: whether it will be trained: what can not do that is refused.
         fetch: revision, token and offline mode for downloads.
         report: called with a line when something takes long.
 
@@ -81,12 +83,14 @@ def load(
     quantizer = _choose_quantizer(quantize, checkpoint, target, registry)
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     is_quantized = checkpoint.quantized or quantizer is not None
-    chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry)
+    chosen = choose_precision(
+        precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry, training=training
+    )
     named = _named(adapters)
     if checkpoint.family.build is not None:
         _refuse_for_own(checkpoint.family, attention=attention != "auto", quantize=bool(quantizer), compiled=compile)
         return _with_adapters(_load_own(checkpoint, chosen, target), named)
-    request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype)
+    request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype, training=training)
     if compile:
         require_compiler()
         request = replace(request, mask_features=request.mask_features | {"queries"})
@@ -95,12 +99,14 @@ def load(
     loaded = _load_decoder(checkpoint, backend.backend, quantizer, chosen.param_dtype, target)
     lm = LanguageModel(loaded, checkpoint, chosen.name, backend.name, backend.backend, target, notes)
     lm.quantized = quantizer.name if quantizer else None
-    if compile:
-        for adapter in _with_adapters(lm, named).adapters:
-            adapter.merge()
-        lm.step = CompiledDecoding(loaded, report=report)
-        return lm
-    return _with_adapters(lm, named)
+    return _compiled(lm, named, report) if compile else _with_adapters(lm, named)
+
+
+def _compiled(lm: LanguageModel, adapters: Mapping[str, str | Path], report: Callable[[str], None]) -> LanguageModel:
+    for adapter in _with_adapters(lm, adapters).adapters:
+        adapter.merge()
+    lm.step = CompiledDecoding(lm.model, report=report)
+    return lm
 
 
 def _load_own(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> LanguageModel:

@@ -177,3 +177,24 @@ def zoo_register_samplers(register: Registrar) -> None:
 def zoo_register_commands(register: Registrar) -> None:
     for name, (target, help_line) in COMMANDS.items():
         register(name, target, help=help_line)
+
+
+@hookimpl
+def zoo_register_loggers(register: Registrar) -> None:
+    loggers = "zoo.train.loggers"
+    register(
+        "tensorboard",
+        f"{loggers}:TensorBoard",
+        options=f"{loggers}:TensorBoardOptions",
+        requires=["tensorboard"],
+        fix="pip install 'gpt-zoo[tensorboard]'",
+        help="event files for TensorBoard",
+    )
+    register(
+        "wandb",
+        f"{loggers}:Wandb",
+        options=f"{loggers}:WandbOptions",
+        requires=["wandb"],
+        fix="pip install 'gpt-zoo[wandb]'",
+        help="Weights & Biases",
+    )

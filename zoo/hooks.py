@@ -64,12 +64,12 @@ def zoo_register_sources(register: Registrar) -> None:
 
 @hookspec
 def zoo_register_datasets(register: Registrar) -> None:
-    """Named data sets."""
+    """Named data sets. Target: a `zoo.data.named.NamedDataset`."""
 
 
 @hookspec
 def zoo_register_prompts(register: Registrar) -> None:
-    """Prompt styles."""
+    """Prompt styles. Target: a `zoo.text.prompts.PromptStyle`."""
 
 
 @hookspec

@@ -84,6 +84,11 @@ class LanguageModel:
             self._tokenizer = self.checkpoint.load_tokenizer()
         return self._tokenizer
 
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take another tokenizer, or the same with another chat template; `save` writes it with the model."""
+        self._tokenizer = tokenizer
+        self.checkpoint = replace(self.checkpoint, load_tokenizer=lambda: tokenizer)
+
     @property
     def decoder(self) -> Decoder:
         """The model as generation sees it."""

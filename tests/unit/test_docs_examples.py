@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "plugins" / "zoo-example-family"
-GUIDES = ["adapters.md", "adding-a-model.md", "writing-a-plugin.md", "writing-an-adapter.md"]
+GUIDES = ["adapters.md", "adding-a-model.md", "data.md", "writing-a-plugin.md", "writing-an-adapter.md"]
 NOT_RUN = ("python -m pip install -e ", "python -m pytest plugins/zoo-example-")
 """Commands of the guides that need more than a moment; tests/e2e/test_example_plugin.py and its siblings run them."""
 
@@ -138,4 +138,4 @@ def test_commands_print_what_they_are_said_to_print(guide: str, tmp_path: Path) 
         )
         assert re.fullmatch(pattern_of(expected), done.stdout), f"$ {command}\n{done.stdout}\nnot:\n{expected}"
         ran += 1
-    assert ran >= {"adapters.md": 1, "writing-an-adapter.md": 4}.get(guide, 7)
+    assert ran >= {"adapters.md": 1, "data.md": 8, "writing-an-adapter.md": 4}.get(guide, 7)

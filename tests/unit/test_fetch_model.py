@@ -139,7 +139,7 @@ def test_the_only_source_keeps_its_exit_code(shelf: Registry, models: Path) -> N
 
 def test_an_unknown_scheme_names_the_known(shelf: Registry, models: Path) -> None:
     with pytest.raises(
-        InputError, match=r"'ftp:', which no source reads\. Known: goes-on:, hf:, needs:, pypi:, shelf:"
+        InputError, match=r"'ftp:', which no source reads\. Known: goes-on:, hf:, http:, https:, needs:, pypi:, shelf:"
     ):
         fetch_model(["ftp:host/x", "shelf:tiny"], models / "tiny", OPTIONS, shelf)
 

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("text", "sources", "convert", "data", "store"),
     ("train", "generate"),
     ("testing", "adapting", "language_model", "merging", "api"),
+    ("runs",),
     ("cli",),
 )
 """From the bottom up: each may import those before it. A name is a module or a package of zoo, there or to come."""
@@ -34,6 +35,8 @@ SIBLINGS = {
     ("api", "adapting"),
     ("api", "language_model"),
     ("convert", "text"),
+    ("data", "text"),
+    ("data", "sources"),
     ("convert", "sources"),  # the record of where a model came from, which both write
 }
 """What may be imported from the same layer, other than from the same package. Never both ways."""

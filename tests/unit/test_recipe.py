@@ -54,12 +54,12 @@ def test_extends_and_settings(tmp_path: Path) -> None:
 
 def test_a_setting_keeps_the_short_form() -> None:
     """Guards --adapter lora --set adapter.r=16, where the name must not be lost."""
-    made = Draft()
-    for key, value in NEEDED.items():
-        made.put((key,), value, f"--{key}")
-    made.put(("adapter",), "lora", "--adapter")
-    made.put(("adapter", "r"), 16, "--set")
-    assert recipe_values(made.finish())["adapter"] == {"use": "lora", "r": 16}
+    for given in ({}, {"adapter": "lora"}):
+        made = Draft()
+        for key, value in {**NEEDED, **given}.items():
+            made.put((key,), value, f"--{key}")
+        made.put(("adapter", "r"), 16, "--set")
+        assert recipe_values(made.finish())["adapter"] == {"use": "lora", "r": 16}
 
 
 def test_all_faults_at_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.attention.base import AttentionRequest
+from zoo.attention.products import attend_causally, can_attend
 from zoo.models.masks import Mask
 
 _BLOCK = 64
@@ -47,6 +48,8 @@ class SDPA:
         is_eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if q_BTNH.device.type == "cpu" and n_queries > _BLOCK and causal_alone and is_eager:
             return _attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, scale, dropout_p)
+        if causal_alone and dropout_p == 0 and can_attend(q_BTNH, k_BSKH):
+            return attend_causally(q_BTNH, k_BSKH, v_BSKH, scale)
         return _attend(q_BTNH, k_BSKH, v_BSKH, mask, scale, dropout_p)
 
 

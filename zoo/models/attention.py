@@ -5,6 +5,7 @@ Shape letters: B batch, T query tokens, S key/value tokens, N query heads, K kv 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -64,16 +65,19 @@ class Attention(nn.Module):
         k_BSKH = self.rotate(self.k_norm(k_BSKH), rotation)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
-        y_BTNH = self.attend(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            mask=mask.narrowed(self.window),
+        return self.out(self.attended(q_BTNH, k_BSKH, v_BSKH, mask).flatten(-2))
+
+    def attended(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask) -> Tensor:
+        """What the backend makes of queries, keys and values, (B, T, N, H)."""
+        attend = partial(
+            self.attend,
+            mask=mask.of_row().narrowed(self.window),
             scale=self.scale,
             softcap=self.softcap,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
-        return self.out(y_BTNH.flatten(-2))
+        qkv = (q_BTNH, k_BSKH, v_BSKH)
+        return attend(*qkv) if mask.rows is None else mask.rows.attend(attend, *qkv)
 
     def join(self) -> None:
         """Lay the weights of q, k and v side by side: see `zoo.models.joint`."""

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from zoo.models.rows import Rows
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
@@ -23,6 +25,7 @@ class Mask:
         documents_BS: integer document of every key; only keys of the query's own document are visible.
         padding_B: so many keys at the start of each row are padding, hidden from every query.
         queries_T: where among the keys the queries are, if not at the end (a cache of fixed length has room left).
+        rows: the sequences that the tokens form; each is causal, and nothing else can be said of it.
     """
 
     causal: bool = True
@@ -31,6 +34,10 @@ class Mask:
     documents_BS: Tensor | None = None
     padding_B: Tensor | None = None
     queries_T: Tensor | None = None
+    rows: Rows | None = None
+
+    def __post_init__(self) -> None:
+        assert self.rows is None or self.features == {"causal"}
 
     @property
     def features(self) -> frozenset[str]:
@@ -57,6 +64,10 @@ class Mask:
         if window is None or (self.window is not None and self.window <= window):
             return self
         return _narrowed(self, window)
+
+    def of_row(self) -> Mask:
+        """The mask of the rows themselves: what a backend gets."""
+        return self if self.rows is None else CAUSAL
 
     def visible(self, query_pos: Tensor, key_pos: Tensor) -> Tensor:
         """Whether each key is visible to each query by position alone; positions broadcast against each other."""

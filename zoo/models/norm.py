@@ -5,6 +5,8 @@ Shape letters: B batch, T tokens, D model width, N heads, H head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,8 +22,33 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes the last dimension."""
-        normed = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        if x.dtype == torch.float32 or not x.requires_grad or torch.compiler.is_compiling():
+            normed = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        else:
+            normed = _Normalized.apply(x, self.eps)  # type: ignore[no-untyped-call]
         return normed if self.weight is None else normed * self.weight
+
+
+class _Normalized(torch.autograd.Function):
+    """RMS norm that keeps x for the backward pass, where autograd would keep a float32 copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x_half,) = ctx.saved_tensors
+        x, dy = x_half.float(), grad.float()
+        rstd = torch.rsqrt(_mean_product(x, x) + ctx.eps)
+        dx = torch.addcmul(dy, x, _mean_product(x, dy) * -(rstd**2)).mul_(rstd)
+        return dx.to(x_half.dtype), None
+
+
+def _mean_product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)[..., None] / x.shape[-1]
 
 
 class OffsetRMSNorm(nn.Module):

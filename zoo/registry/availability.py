@@ -45,7 +45,8 @@ def probe(component: Component) -> Status:
     try:
         import_target(component)
     except UnavailableError as error:
-        return Status("broken", (error.message,), error.fix)
+        says_so = isinstance(error.__cause__, UnavailableError)
+        return Status("unavailable" if says_so else "broken", (error.message,), error.fix)
     return Status("ok")
 
 
@@ -53,7 +54,8 @@ def import_target(component: Component) -> Any:
     """The object behind a component.
 
     Raises:
-        UnavailableError: the import fails, or the module has no such object.
+        UnavailableError: the import fails, or the module has no such object. A module that raises one itself, because
+            this machine lacks something, is told apart: its reason and its ``fix`` are kept.
     """
     module, _, name = component.target.partition(":")
     whose = f"{component.kind} {component.name!r} ({component.origin})"
@@ -63,6 +65,9 @@ def import_target(component: Component) -> Any:
             found = getattr(imported, name, _MISSING)
     except KeyboardInterrupt:
         raise
+    except UnavailableError as error:  # its own words: it knows the reason and the remedy
+        reason = error.message.rstrip(".")
+        raise UnavailableError(f"{whose} can not be used: {reason}.", fix=error.fix or component.fix) from error
     except BaseException as error:
         # Whatever foreign code raises, sys.exit() included, is this component's fault alone.
         raise UnavailableError(f"{whose} can not be imported: {describe(error)}.", fix=component.fix) from error

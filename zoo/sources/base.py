@@ -113,6 +113,8 @@ def fetch_model(
     options: FetchOptions,
     registry: Registry,
     report: Report = _ignore,
+    *,
+    what: str = "the model",
 ) -> str:
     """Bring a model's files into ``destination`` from the first of its sources that can give them.
 
@@ -122,6 +124,7 @@ def fetch_model(
     Args:
         model: a registry entry, or its sources, best first.
         destination: a directory that is not there yet, or is empty.
+        what: what messages call something that is no registry entry.
 
     Returns:
         The source that worked, as it was given.
@@ -146,7 +149,7 @@ def fetch_model(
                 failures.append((source, error))
                 if following:
                     report(f"{brief(source)}: {error.message} Trying {brief(following)}.")
-    raise _no_source_worked(name, failures)
+    raise _no_source_worked(f"model {name!r}" if name else what, failures)
 
 
 def _fetch_whole(
@@ -246,8 +249,7 @@ def _from_os_error(error: OSError, source: Source, destination: Path) -> ZooErro
     return SourceError(f"{type(error).__name__}: {' '.join(str(error).split())}.")
 
 
-def _no_source_worked(name: str | None, failures: Sequence[tuple[str, ZooError]]) -> ZooError:
-    what = f"model {name!r}" if name else "the model"
+def _no_source_worked(what: str, failures: Sequence[tuple[str, ZooError]]) -> ZooError:
     if len(failures) == 1:
         source, error = failures[0]
         if isinstance(error, UnavailableError):

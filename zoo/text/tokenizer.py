@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -84,6 +85,8 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # noqa: BLE001 - tokenizers raises no other
+            for mark in self.marks:
+                text = text.replace(mark, "")
             unknown = "".join(sorted(c for c in set(text) if self.backend.token_to_id(c) is None))
             raise InputError(f"the tokenizer has no tokens for {unknown!r} in the text: {error}.") from None
 
@@ -122,6 +125,39 @@ class Tokenizer:
         rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(rendered, add_special_tokens=False)
 
+    def locate(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Each text's ``ids``, and ``offsets``: from which to which character each lies. No special tokens are added.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        try:
+            return self._located.encode_batch(list(texts), add_special_tokens=False)
+        except Exception:
+            for text in texts:
+                self.encode(text, add_special_tokens=False)
+            raise
+
+    @cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The ids that `encode` puts before and after a text."""
+        if self.backend.num_special_tokens_to_add(is_pair=False) == 0:
+            return [], []
+        encoded = self.backend.encode("0", add_special_tokens=True)
+        own = [i for i, added in enumerate(encoded.special_tokens_mask) if not added]
+        return encoded.ids[: own[0]], encoded.ids[own[-1] + 1 :]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the vocabulary: token files and models with the same one speak of the same ids."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The special tokens of the vocabulary, with or without a role: ``<|im_end|>``, ..."""
+        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+
     def encode_chat_with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Ids of a conversation, and for each 1 where the assistant speaks, else 0.
 
@@ -129,7 +165,7 @@ class Tokenizer:
             InputError: as `render_chat`, or the template does not mark what the assistant says.
         """
         text, replies = render_chat_with_replies(self._template(), messages, special_tokens=self.special_tokens)
-        encoded = self._located.encode(text, add_special_tokens=False)
+        encoded = self.locate([text])[0]
         spoken = (any(first < end and last > start for start, end in replies) for first, last in encoded.offsets)
         return encoded.ids, [int(says) for says in spoken]
 

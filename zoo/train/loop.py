@@ -17,7 +17,7 @@ from zoo.models.memory import peak_memory
 from zoo.store.fence import Fence
 from zoo.store.signals import StopSignals
 from zoo.store.store import CheckpointStore
-from zoo.train.metrics import Loggers
+from zoo.train.metrics import Logger
 from zoo.train.progress import Limits, Progress
 
 
@@ -32,13 +32,6 @@ class TrainingData(Protocol):
 
     def validation(self, *, rank: int, world_size: int, micro_batch_size: int) -> Iterable[Batch]:
         """One rank's share of the validation set; equally many batches on each rank."""
-
-
-class Schedule(Protocol):
-    """The learning rate of a step."""
-
-    def lr(self, step: int) -> float:
-        """The rate of the step that follows ``step`` others."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,7 @@ class Parts:
         fabric: launched.
         module: set up by Fabric; called with a `Batch`, it returns the loss summed over the supervised tokens.
         optimizer: set up by Fabric, over the parameters that train.
+        schedule: the learning rate of the step that follows so many.
         saved: objects and data that a checkpoint holds, besides the optimizer and the progress.
         observers: called with each step's values.
         sample: writes text with the model as it is; rank 0 calls it after each evaluation.
@@ -68,10 +62,10 @@ class Parts:
     signals: StopSignals
     module: nn.Module
     optimizer: Any
-    schedule: Schedule
+    schedule: Callable[[int], float]
     data: TrainingData
     store: CheckpointStore
-    loggers: Loggers | None
+    loggers: Logger | None
     saved: dict[str, Any]
     observers: tuple[Callable[[int, dict[str, float]], None], ...] = ()
     sample: Callable[[int], None] | None = None
@@ -97,7 +91,7 @@ class Trainer:
         self._share = {"rank": parts.fabric.global_rank, "world_size": parts.fabric.world_size}
         self._started = time.perf_counter() - progress.seconds
         self._saved_step, self._evaluated_step = progress.step, -1
-        self._val_loss: float | None = None
+        self.val_loss: float | None = None
         self._window = Window()
 
     def fit(self) -> str:
@@ -140,7 +134,7 @@ class Trainer:
     def _step(self) -> dict[str, float]:
         """One optimizer step: the loss is a sum over the step's supervised tokens, divided by their global number."""
         parts, step = self.parts, self.progress.step
-        lr = parts.schedule.lr(step)
+        lr = parts.schedule(step)
         for group in parts.optimizer.param_groups:
             group["lr"] = lr
         batches = parts.data.step(step, **self._share, micro_batch_size=self._micro_batch_size)
@@ -203,19 +197,19 @@ class Trainer:
             loss_sum += float(parts.module(batch.to(parts.fabric.device)))
             n_supervised += batch.n_supervised
         sums: list[Any] = parts.fence.gather("evaluated", [loss_sum, n_supervised], fingerprint=where)
-        self._evaluated_step, self._val_loss = self.progress.step, None
+        self._evaluated_step, self.val_loss = self.progress.step, None
         if n_supervised := sum(post[1] for post in sums):
-            self._val_loss = sum(post[0] for post in sums) / n_supervised
-            is_best = self.progress.evaluated(self._val_loss)
+            self.val_loss = sum(post[0] for post in sums) / n_supervised
+            is_best = self.progress.evaluated(self.val_loss)
             if parts.loggers is not None:
-                parts.loggers.log(self.progress.step, {"val_loss": self._val_loss, "best": int(is_best)})
+                parts.loggers.log(self.progress.step, {"val_loss": self.val_loss, "best": int(is_best)})
         if parts.sample is not None and parts.fabric.global_rank == 0:
             parts.sample(self.progress.step)
         self._window.restart()
 
     def _save(self) -> None:
         step = self.progress.step
-        loss = self._val_loss if self._evaluated_step == step else None
+        loss = self.val_loss if self._evaluated_step == step else None
         metrics = {} if loss is None else {"val_loss": loss}
         self.progress.seconds = time.perf_counter() - self._started
         self.parts.store.save(step, state_of(self.parts, self.progress), metrics=metrics)

@@ -83,7 +83,7 @@ def limits_of(recipe: Recipe, steps_per_epoch: int) -> Limits:
     known = [count for count in counts if count is not None]
     if not known and recipe.max_tokens is None and recipe.schedule.use != "constant":
         raise InputError(
-            f"the schedule {recipe.schedule.use!r} falls towards the last step; max_minutes does not say which that is.",
+            f"the schedule {recipe.schedule.use!r} falls towards the last step, which max_minutes does not tell.",
             fix="Give max_steps or epochs as well, or --set schedule=constant.",
         )
     return Limits(

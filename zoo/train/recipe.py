@@ -41,7 +41,8 @@ class Recipe(BaseModel):
 
     data: str
     val_data: str | None = None
-    val_fraction: Fraction = 0.05
+    val_fraction: Fraction | None = None
+    """By default 0.05 of samples, and the last tenth of a corpus."""
     prompt_style: str | None = None
     """By default the model's own chat template."""
     train_on_prompt: bool = False

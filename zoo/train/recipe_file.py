@@ -28,10 +28,10 @@ class Draft:
     givers: dict[Key, str] = field(default_factory=dict)
 
     def put(self, key: Key, value: Any, giver: str) -> None:
-        """Set a value; mappings on the way are made, and the short form of a component is written out."""
+        """Set a value; mappings on the way are made, and a component's short form, or default, is written out."""
         into = self.values
         for name in key[:-1]:
-            inner = into.get(name)
+            inner = into.get(name, _default_component(name) if into is self.values else None)
             into[name] = {"use": inner} if isinstance(inner, str) else dict(inner or {})
             into = into[name]
         into[key[-1]] = value
@@ -64,6 +64,11 @@ class Draft:
         said = detail["msg"].removeprefix("Value error, ")
         given = f", not {detail['input']!r}" if key and not isinstance(detail["input"], Mapping) else ""
         return f"{where}{name + ': ' if name else ''}{said[:1].lower()}{said[1:]}{given}."
+
+
+def _default_component(key: str) -> str | None:
+    default = Recipe.model_fields[key].default if key in Recipe.model_fields else None
+    return default.use if isinstance(default, Use) else None
 
 
 def read_recipe(path: Path, _inside: tuple[Path, ...] = ()) -> Draft:

@@ -1,0 +1,123 @@
+"""What is shown and proved before the first step, when nothing is lost yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zoo.adapters.proof import without_gradient
+from zoo.data.audit import bos_eos_audit, masked_text
+from zoo.errors import InputError, ZooError
+from zoo.runs.data import RunData
+from zoo.runs.model import Trained
+from zoo.train.loss import SupervisedLoss
+from zoo.train.progress import Limits
+from zoo.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will do.
+
+    Attributes:
+        facts: names and values, in the order in which they are told.
+        sample: the first sample as text, in pieces, each with whether it is learnt.
+        warnings: what is likely to be a mistake.
+    """
+
+    facts: dict[str, str]
+    sample: Sequence[tuple[str, bool]] = ()
+    warnings: Sequence[str] = field(default=())
+
+
+class NoGradientError(ZooError):
+    """A parameter that is to be trained has no effect on the loss."""
+
+
+def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, module: SupervisedLoss) -> Preflight:
+    """Look at everything, and prove that what is to be trained learns.
+
+    Raises:
+        NoGradientError: a trainable parameter gets no gradient.
+        InputError: the data does not end as the model should learn to.
+    """
+    lm, handle = trained.lm, trained.handle
+    n_trained = sum(p.numel() for p in handle.trainable().values())
+    n_all = sum(p.numel() for p in lm.model.parameters())
+    seconds, n_tensors = _prove(trained, data, module)
+    facts = {
+        "model": f"{recipe.model}: {n_all - (0 if n_all == n_trained else n_trained):,} parameters, "
+        f"{lm.precision} on {lm.device}, {lm.attention} attention" + (f", {lm.quantized}" if lm.quantized else ""),
+        "trained": f"{recipe.adapter.use}: {n_trained:,} parameters ({n_trained / n_all:.2%}) in {n_tensors} tensors",
+        **data.facts,
+        "gradients": f"every one of the {n_tensors} tensors gets one",
+        "steps": _steps(recipe, data, limits),
+        "time": _duration(seconds, recipe, limits),
+    }
+    sample, warnings = _shown(trained, data)
+    return Preflight(facts, sample, warnings)
+
+
+def _prove(trained: Trained, data: RunData, module: SupervisedLoss) -> tuple[float, int]:
+    """Run one forward and backward on a few rows; seconds that they took per row, and the number of tensors."""
+    batch = data.data.step(0, rank=0, world_size=1, micro_batch_size=2)[-1].to(trained.lm.device)
+    seconds = [0.0]
+
+    def loss() -> Tensor:
+        started = time.perf_counter()
+        value: Tensor = module(batch) / max(1, batch.n_supervised)
+        seconds[0] = 3 * (time.perf_counter() - started)  # a backward takes about twice a forward
+        return value
+
+    is_training, state = module.training, torch.random.get_rng_state()
+    module.eval()
+    silent = without_gradient(trained.handle, loss)
+    module.train(is_training)
+    torch.random.set_rng_state(state)
+    if silent:
+        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        raise NoGradientError(
+            f"{', '.join(silent[:3])}{more} would be trained, and the loss does not depend on them.",
+            fix="Leave them out of the adapter's targets.",
+        )
+    return seconds[0] / batch.tokens_BT.shape[0], len(trained.handle.trainable())
+
+
+def _steps(recipe: Recipe, data: RunData, limits: Limits) -> str:
+    ends = [f"{limits.steps:,}" if limits.steps is not None else "until"]
+    if limits.tokens is not None:
+        ends.append(f"at most {limits.tokens:,} tokens")
+    if limits.seconds is not None:
+        ends.append(f"at most {limits.seconds / 60:g} minutes")
+    rows = f"of {recipe.batch_size} rows, {recipe.micro_batch} at a time on each of {recipe.devices * recipe.num_nodes}"
+    return f"{', '.join(ends)} {rows}; {data.steps_per_epoch:,} are an epoch"
+
+
+def _duration(seconds_per_row: float, recipe: Recipe, limits: Limits) -> str:
+    per_step = seconds_per_row * recipe.batch_size / (recipe.devices * recipe.num_nodes)
+    if limits.steps is None:
+        return f"about {per_step:.2g} s a step"
+    return f"about {per_step:.2g} s a step, {minutes(per_step * limits.steps)} in all"
+
+
+def minutes(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _shown(trained: Trained, data: RunData) -> tuple[list[tuple[str, bool]], list[str]]:
+    if data.first is None:
+        return [], []
+    tokenizer = trained.lm.tokenizer
+    audit = bos_eos_audit(data.first, tokenizer)
+    if audit.double_bos and tokenizer.bos_id != tokenizer.eos_id:
+        raise InputError(f"the first sample: {audit.problems(tokenizer)[0]}", fix="Take another --prompt-style.")
+    return list(masked_text(data.first, tokenizer)), audit.problems(tokenizer)

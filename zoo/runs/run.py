@@ -1,0 +1,54 @@
+"""From a recipe to a run: everything that is registered put together, checked, shown, and trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from zoo.api import choose_device
+from zoo.precision.base import Precision
+from zoo.precision.builtin import FP32_TRUE
+from zoo.registry import Registry
+from zoo.runs.assembly import Assembly
+from zoo.runs.directory import RunDirectory
+from zoo.runs.outcome import Display, Outcome
+from zoo.store.fence import Fence
+from zoo.store.signals import StopSignals
+from zoo.train.launch import make_fabric
+from zoo.train.recipe import Recipe
+
+
+def run(
+    recipe: Recipe, *, registry: Registry, display: Display, resume: bool = False, dry_run: bool = False
+) -> Outcome:
+    """Do what a recipe says.
+
+    Args:
+        display: shows rank 0's progress.
+        resume: go on from the newest checkpoint of the run that is there.
+        dry_run: show and prove everything, and train nothing.
+
+    Raises:
+        InputError, UnavailableError: the recipe can not be followed; nothing is lost.
+        StoppedError: a signal came; the run is saved and can be resumed.
+        ZooError: it failed.
+    """
+    directory = RunDirectory(Path(recipe.out))
+    if resume and (result := directory.finished()):
+        display.say(f"{directory.path} is finished already: {result['ending']}.")
+        return Outcome.of(directory.path, result)
+    if not dry_run and "LOCAL_RANK" not in os.environ:  # before other processes start
+        directory.check_same(recipe) if resume else directory.check_new()
+    device = choose_device(recipe.device)
+    fabric = make_fabric(recipe, device, _precision(recipe, registry))
+    fabric.launch()
+    with Fence.connect(fabric) as fence, StopSignals() as signals:
+        assembly = Assembly(recipe, directory, registry, fabric, fence, signals, display)
+        return assembly.run(resume=resume, dry_run=dry_run)
+
+
+def _precision(recipe: Recipe, registry: Registry) -> Precision:
+    if recipe.precision == "auto":
+        return FP32_TRUE  # whatever is stored: without autocast Fabric does nothing
+    precision: Precision = registry.load("precision", recipe.precision)
+    return precision

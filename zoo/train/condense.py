@@ -1,0 +1,162 @@
+"""A batch without what does not have to be computed: padding, tokens after the last target, and repeated beginnings.
+
+The templates of instructions begin alike, and so do samples that share a system prompt or a question. A causal model
+makes the same of the same beginning, so it is computed once; gradients are those of the whole batch, up to rounding.
+
+Shape letters: B rows, T positions, S tokens that are left, M supervised targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zoo.data.batches import IGNORED, Batch
+from zoo.models.rows import RowGroup, Rows
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Condensed:
+    """What a model computes of a batch.
+
+    Attributes:
+        tokens_1S: int64 ids.
+        positions_1S: int64, of each within its sequence.
+        rows: the sequences that they form.
+        supervised_M: which of the S tokens each target follows; one may be followed by several.
+        targets_M: int64 ids.
+    """
+
+    tokens_1S: Tensor
+    positions_1S: Tensor
+    rows: Rows
+    supervised_M: Tensor
+    targets_M: Tensor
+
+    def to(self, device: torch.device | str) -> Condensed:
+        """The same on a device."""
+        groups = tuple(RowGroup(group.index_RL.to(device), group.n_known) for group in self.rows.groups)
+        return Condensed(
+            tokens_1S=self.tokens_1S.to(device),
+            positions_1S=self.positions_1S.to(device),
+            rows=Rows(groups, self.rows.places_S.to(device)),
+            supervised_M=self.supervised_M.to(device),
+            targets_M=self.targets_M.to(device),
+        )
+
+
+@dataclass(eq=False)
+class _Sequence:
+    tokens: Ints
+    positions: Ints
+    targets: Ints
+    index: Ints
+    """Which of the tokens that are left each one is."""
+    n_known: int = 0
+    """So many at the beginning belong to an earlier sequence."""
+
+    def number(self, n_tokens: int, before: _Sequence | None) -> int:
+        """Give each token its number, after ``n_tokens`` of earlier sequences; returns how many there are then."""
+        if before is not None:
+            self.n_known = self._n_common(before)
+            self.index[: self.n_known] = before.index[: self.n_known]
+        n_new = len(self.index) - self.n_known
+        self.index[self.n_known :] = np.arange(n_tokens, n_tokens + n_new)
+        return n_tokens + n_new
+
+    def _n_common(self, other: _Sequence) -> int:
+        """How many tokens at the beginning are the same, at the same positions."""
+        n = min(len(self.tokens), len(other.tokens))
+        differs = (self.tokens[:n] != other.tokens[:n]) | (self.positions[:n] != other.positions[:n])
+        return int(differs.argmax()) if differs.any() else n
+
+
+def condense(batch: Batch, *, share: bool = True) -> Condensed:
+    """The tokens of a batch that its loss depends on.
+
+    Args:
+        batch: best on the CPU; a sequence is a document of a row, or a row.
+        share: compute common beginnings once. Not with dropout, which is to differ from sequence to sequence.
+    """
+    sequences = list(_sequences(batch))
+    # Sorted, each sequence shares with the one before it as much as with any that came earlier.
+    n_tokens = 0
+    before = None
+    for sequence in sequences:
+        n_tokens = sequence.number(n_tokens, before if share else None)
+        before = sequence
+    supervised = [sequence.targets != IGNORED for sequence in sequences]
+    joined = {
+        "tokens": np.concatenate([sequence.tokens[sequence.n_known :] for sequence in sequences])[None],
+        "positions": np.concatenate([sequence.positions[sequence.n_known :] for sequence in sequences])[None],
+        "supervised": np.concatenate([s.index[learnt] for s, learnt in zip(sequences, supervised, strict=True)]),
+        "targets": np.concatenate([s.targets[learnt] for s, learnt in zip(sequences, supervised, strict=True)]),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in joined.items()}
+    return Condensed(
+        tokens_1S=tensors["tokens"],
+        positions_1S=tensors["positions"],
+        rows=_rows(sequences, n_tokens),
+        supervised_M=tensors["supervised"],
+        targets_M=tensors["targets"],
+    ).to(batch.tokens_BT.device)
+
+
+def _sequences(batch: Batch) -> Iterator[_Sequence]:
+    """What each document has up to its last target; of a batch without any target, its first token."""
+    tokens, targets = batch.tokens_BT.cpu().numpy(), batch.targets_BT.cpu().numpy()
+    width = tokens.shape[1]
+    counted = np.broadcast_to(np.arange(width), tokens.shape)
+    positions = counted if batch.positions_BT is None else batch.positions_BT.cpu().numpy()
+    documents = np.zeros_like(tokens) if batch.documents_BT is None else batch.documents_BT.cpu().numpy()
+    found = False
+    for r in range(len(tokens)):
+        starts = [0, *(np.flatnonzero(np.diff(documents[r])) + 1).tolist(), width]
+        for start, end in pairwise(starts):
+            learnt = np.flatnonzero(targets[r, start:end] != IGNORED)
+            if len(learnt):
+                found = True
+                yield _part(tokens[r], positions[r], targets[r], slice(start, start + int(learnt[-1]) + 1))
+    if not found:
+        yield _part(tokens[0], positions[0], targets[0], slice(0, 1))
+
+
+def _part(tokens: Ints, positions: Ints, targets: Ints, part: slice) -> _Sequence:
+    return _Sequence(tokens[part], positions[part], targets[part], np.empty(part.stop - part.start, np.int64))
+
+
+def _rows(sequences: Sequence[_Sequence], n_tokens: int) -> Rows:
+    groups: list[RowGroup] = []
+    places = np.empty(n_tokens, np.int64)
+    offset = 0
+    for members in _alike(sequences):
+        width, n_known = max(len(one.index) for one in members), min(one.n_known for one in members)
+        index = np.zeros((len(members), width), np.int64)
+        for r, one in enumerate(members):
+            index[r, : len(one.index)] = one.index
+            asked = one.index[n_known:]
+            places[asked] = offset + r * (width - n_known) + np.arange(len(asked))
+        groups.append(RowGroup(torch.from_numpy(index), n_known))
+        offset += len(members) * (width - n_known)
+    return Rows(tuple(groups), torch.from_numpy(places))
+
+
+def _alike(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
+    """Sequences of which no more than half is padding, or known and asked for all the same, if they are one group."""
+    groups: list[list[_Sequence]] = []
+    for one in sorted(sequences, key=lambda one: (len(one.index), one.n_known), reverse=True):
+        for group in groups:
+            if 2 * len(one.index) >= len(group[0].index) and 2 * one.n_known >= group[0].n_known:
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
