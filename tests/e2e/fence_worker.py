@@ -174,6 +174,17 @@ def rank_1_holds_the_lock(fence: Fence) -> Any:
 
 
 @case
+def forked_process_leaves(fence: Fence) -> Any:
+    """Returns how it ended, by rank."""
+    step(fence, 0)
+    child = os.fork()
+    if child == 0:
+        fence.close()
+        os._exit(0)
+    return step(fence, 1, os.waitpid(child, 0)[1])
+
+
+@case
 def kill_rank_1(fence: Fence) -> Any:
     """A process that it has forked, such as a worker of a data loader, lives longer."""
     step(fence, 0)

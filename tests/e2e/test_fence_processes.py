@@ -104,6 +104,7 @@ SURVIVABLE = [
     "error_on_rank_1",
     "sigterm_on_rank_1",
     "rank_1_holds_the_lock",
+    "forked_process_leaves",
 ]
 """Cases after which the processes go on to the next."""
 FEW = ["agreement", "save_on_rank_0_only", "error_on_rank_1", "sigterm_on_rank_1"]
@@ -183,7 +184,8 @@ def test_a_call_on_rank_0_only_raises_on_all(launched: Cases) -> None:
 def test_a_rank_that_does_not_come_is_named_with_its_position(survived: Cases) -> None:
     """Guards against a timeout that says neither who is missing nor where it is."""
     records = survived["rank_1_never_comes"]
-    all_raise(records, "rank 1 did not come within 3 s after 'step' (call 1, step 4)", "fence_worker.py:", REMEDY)
+    all_raise(records, "rank 1 did not come within 3 s; the last call of all ranks was 'step' (call 1, step 4)", REMEDY)
+    assert "fence_worker.py:" in records[0]["message"], "where its main thread is"
     assert "Here rank 1 is at 'save' (call 2, step 4)" in records[1]["message"], "who comes late says where it is"
     assert all(record["seconds"] >= TIMEOUT for record in records.values())
 
@@ -289,6 +291,12 @@ def test_a_rank_that_can_not_answer_is_not_taken_for_dead(survived: Cases) -> No
     records = survived["rank_1_holds_the_lock"]
     assert [record["error"] for record in records.values()] == [None] * 3
     assert "Rank 1 is connected and does not answer" in records[0]["result"]
+
+
+def test_a_forked_process_is_not_the_rank(survived: Cases) -> None:
+    """Guards against a child that ends the fence of its parent, or waits for a store thread which it does not have."""
+    records = survived["forked_process_leaves"]
+    assert [record["result"] for record in records.values()] == [[0, 0, 0]] * 3, records
 
 
 def test_a_silent_store_does_not_hold_a_rank_for_ever(waiting: dict[str, Ranks]) -> None:

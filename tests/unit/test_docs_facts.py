@@ -48,13 +48,11 @@ def test_every_hook_is_described() -> None:
 def test_a_hook_is_said_to_be_unused_exactly_if_it_is() -> None:
     """Guards against a kind that gets its first user while the guide still says that it has none."""
     text = sections("writing-a-plugin.md")["The hooks"]
-    unused_kinds = text.partition("nothing uses them yet")[2].partition("The hooks that observe")[0]
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "zoo").rglob("*.py"))
     for kind, plural in KINDS.items():
         used = re.search(rf'(load|match|model)\(\s*"{kind}"', source) or kind in ("model", "sampler")
-        assert (f"zoo_register_{plural}" not in unused_kinds) == bool(used), kind
-    assert "nothing uses them yet" in text and "not called yet" in text
-    assert not re.search(r"hook\.zoo_(?!register)", source)
+        assert used, f"zoo_register_{plural}"
+    assert bool(re.search(r"hook\.zoo_(?!register)", source)) != ("not called yet" in text)
 
 
 @pytest.mark.parametrize("guide", GUIDES)

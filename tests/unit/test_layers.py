@@ -41,7 +41,7 @@ SIBLINGS = {
 }
 """What may be imported from the same layer, other than from the same package. Never both ways."""
 
-FRONT = {"__init__": {"adapting", "api", "language_model", "plugins", "spec"}, "__main__": {"cli"}}
+FRONT = {"__init__": {"adapting", "api", "language_model", "plugins", "spec", "store"}, "__main__": {"cli"}}
 """The package's own two files are in no layer: names that ``import zoo`` offers lazily, and ``python -m zoo``."""
 
 NEVER = {"transformers", "peft", "loralib", "litgpt", "pytorch_lightning"}

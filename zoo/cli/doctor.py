@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from zoo import __version__
 from zoo.cli.app import App, ZooCommand, json_option, pass_app, print_json, print_table
-from zoo.registry import KINDS, Registry, probe
+from zoo.registry import BUILT_IN, KINDS, Registry, probe
 
 
 @click.command(cls=ZooCommand)
@@ -28,7 +28,8 @@ def command(app: App, as_json: bool) -> None:
         "versions": _versions(),
         "machine": _machine(),
         "torch": _torch(),
-        "problems": [*app.zoo.problems(), *_unusable(app.registry)],
+        "problems": [*app.zoo.problems(), *_unusable(app.registry, optional=False)],
+        "not here": _unusable(app.registry, optional=True),
     }
     if as_json:
         print_json(facts)
@@ -38,6 +39,10 @@ def command(app: App, as_json: bool) -> None:
         print_table([f"  {key}", str(value)] for key, value in facts[title].items())
     click.echo("problems:" if facts["problems"] else "problems: none")
     for line in facts["problems"]:
+        click.echo(f"  {line}")
+    if facts["not here"]:
+        click.echo("not here, which is no fault:")
+    for line in facts["not here"]:
         click.echo(f"  {line}")
 
 
@@ -97,10 +102,14 @@ def _why_no_cuda(built_with: str | None) -> str:
     return "no: this torch is built without it" if built_with is None else "no: no NVIDIA GPU was found"
 
 
-def _unusable(registry: Registry) -> list[str]:
+def _unusable(registry: Registry, *, optional: bool) -> list[str]:
+    """What can not be used, and why: zoo's own components for hardware and packages that are optional, or the rest."""
     lines = []
     for kind in KINDS:
         for ref, component in registry.components(kind):
+            is_optional = component.origin.distribution == BUILT_IN and bool(component.needs or component.requires)
+            if is_optional != optional:
+                continue
             status = probe(component)
             if status.state != "ok":
                 fix = f"; fix: {status.fix}" if status.fix else ""

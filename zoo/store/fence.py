@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from zoo.store.lifeline import Failure, Lifeline, describe_stacks
+from zoo.store.lifeline import FenceError, Lifeline, describe_stacks
 from zoo.store.positions import Json, Place, Post, canonical, disagreement, names, remedy
-from zoo.store.rendezvous import FenceError, Meeting, group_of, meet
+from zoo.store.rendezvous import Meeting, group_of, meet
 
 __all__ = ["Fence", "FenceError", "Json"]
 
@@ -24,6 +24,8 @@ _LINGER = 5.0
 _SHORTEST, _LONGEST = 5e-5, 0.02
 """Seconds between two looks at the store. In between they grow with the time waited, so that a wait ends a twentieth
 late at most. A wait inside the store would be deaf to signals and to failures."""
+_NAMED = 3
+"""Ranks of which a message says where they are."""
 
 
 class Fence:
@@ -110,7 +112,7 @@ class Fence:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             self._line.hears_failure(patience=1.0)
             self._raise_if_failed(self._line)
-            self._fail(Failure("rank 0 is gone, and with it the store that it hosted."), error)
+            self._fail(FenceError("rank 0 is gone, and with it the store that it hosted."), error)
         finally:
             self._is_inside, self._line.give_up_at = False, None
 
@@ -119,11 +121,11 @@ class Fence:
 
         The others raise it in the call that they are in or come to; one that does not within the grace is ended.
         """
-        self._fail(Failure(why, fix))
+        self._fail(FenceError(why, fix=fix))
 
     def close(self) -> None:
         """A normal end. Ranks that then wait for this one learn that it has ended; rank 0 waits briefly for them."""
-        if self._is_closed:
+        if self._is_closed or self._is_in_fork():
             return
         self._is_closed = True
         if self._line is None:
@@ -143,7 +145,7 @@ class Fence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None and self._line is not None and not self._is_closed:
+            if error is not None and self._line is not None and not (self._is_closed or self._is_in_fork()):
                 self._leave(self._line, error)
         finally:
             self.close()
@@ -155,18 +157,22 @@ class Fence:
         follows = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if follows and line.hears_failure(patience=1.0):
             self._raise_if_failed(line, error)  # a collective broke because a peer is gone: say which, and why
-        line.fail(Failure(f"rank {self.rank} ended with an error{self._at()}:\n{_last_lines(error)}"))
+        line.fail(FenceError(f"rank {self.rank} ended with an error{self._at()}:\n{_last_lines(error)}"))
+
+    def _is_in_fork(self) -> bool:
+        """A forked process that leaves our ``with`` or ends is not this rank."""
+        return os.getpid() != self._process
 
     def _at_exit(self) -> None:
         """The process ends without `close`: perhaps by an error, which the interpreter has kept."""
-        if os.getpid() != self._process or self._line is None:
+        if self._is_in_fork() or self._line is None:
             return
         error = getattr(sys, "last_value", None)
         if self._line.failure and not isinstance(error, FenceError):
             sys.stderr.write(f"zoo: rank {self.rank}: {self._line.failure}\n")
             self._line.leave()
         elif isinstance(error, BaseException) and not isinstance(error, FenceError):
-            self._line.fail(Failure(f"rank {self.rank} ended with an error{self._at()}:\n{_last_lines(error)}"))
+            self._line.fail(FenceError(f"rank {self.rank} ended with an error{self._at()}:\n{_last_lines(error)}"))
         self.close()
 
     def _meet(
@@ -203,7 +209,6 @@ class Fence:
         look_at, notice_at = 1.0, min(self._notice, limit / 2)
         while not self._store.check(keys):
             waited = time.monotonic() - started
-            self._raise_if_failed(line)
             if line.ended or waited >= min(look_at, limit, notice_at):
                 posts = self._arrived(keys)
                 self._compare(posts)
@@ -217,6 +222,7 @@ class Fence:
                     notice_at = 2 * waited
                 look_at = waited + 1.0
             time.sleep(min(max(_SHORTEST, waited / 20), _LONGEST))
+            self._raise_if_failed(line)  # before the store is asked, which may be gone
         return self._read(keys)
 
     def _arrived(self, keys: list[str]) -> dict[int, Post]:
@@ -235,23 +241,24 @@ class Fence:
             key = f"{self._calls}/{rank}/fingerprint"
             full = self._store.get(key) if post.is_hashed else post.shown
             places[rank] = Place(post.kind, self._calls, json.loads(full))
-        self._fail(Failure(*disagreement(places)))
+        message, fix = disagreement(places)
+        self._fail(FenceError(message, fix=fix))
 
-    def _ended(self, ended: dict[int, str], missing: set[int], before: Place | None) -> Failure:
-        who = ", ".join(f"rank {rank} has ended {ended[rank]}" for rank in sorted(missing & set(ended)))
+    def _ended(self, ended: dict[int, str], missing: set[int], before: Place | None) -> FenceError:
+        who = ", ".join(f"rank {rank} has ended {ended[rank]}" for rank in sorted(missing & set(ended))[:_NAMED])
         kinds = {place.kind for place in (self._place, before) if place}
-        return Failure(f"{self._own_position()}, but {who}.", remedy(kinds))
+        return FenceError(f"{self._own_position()}, but {who}.", fix=remedy(kinds))
 
-    def _absent(self, line: Lifeline, missing: set[int], limit: float, before: Place | None) -> Failure:
+    def _absent(self, line: Lifeline, missing: set[int], limit: float, before: Place | None) -> FenceError:
         stacks = line.stacks(missing)
-        last = f" after {before}" if before else ""
+        last = f"; the last call of all ranks was {before}" if before else ""
         message = f"{self._own_position()}, where {names(missing)} did not come within {limit:g} s{last}."
-        for rank, stack in list(stacks.items())[:3]:
+        for rank, stack in list(stacks.items())[:_NAMED]:
             place = f"in {stack.line}" if stack else "alive and does not answer"
             message += f" Rank {rank} is {place}."
-        kinds = {place.kind for place in (self._place,) if place}
+        kinds = [self._place.kind] if self._place else []
         slow = f"{names(missing)} {'is' if len(missing) == 1 else 'are'} only slow"
-        return Failure(message, f"{remedy(kinds)} If {slow}, allow a longer timeout.")
+        return FenceError(message, fix=f"{remedy(kinds)} If {slow}, allow a longer timeout.")
 
     def _notify(self, line: Lifeline, missing: set[int], waited: float, limit: float) -> None:
         sys.stderr.write(
@@ -275,10 +282,10 @@ class Fence:
         own = f"{space}Here {self._own_position()}." if self._place else ""
         raise FenceError(failure.message + own, fix=failure.fix) from cause
 
-    def _fail(self, failure: Failure, cause: BaseException | None = None) -> NoReturn:
+    def _fail(self, failure: FenceError, cause: BaseException | None = None) -> NoReturn:
         if self._line is not None:
             self._line.fail(failure)
-        raise FenceError(failure.message, fix=failure.fix) from cause
+        raise failure from cause
 
 
 def _last_lines(error: BaseException) -> str:

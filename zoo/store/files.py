@@ -45,6 +45,8 @@ DTYPES = {
 """What a safetensors file holds, as the format spells it."""
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
+METADATA = "__metadata__"
+"""The key of a safetensors header that is no tensor."""
 _PIECE_BYTES = 16 * 2**20
 _PIECES_AHEAD = 32
 
@@ -108,14 +110,14 @@ def write_json(path: Path, tree: Any) -> FileRecord:
     return write_pieces(path, [json.dumps(tree, allow_nan=False, separators=(",", ":")).encode()])
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write a safetensors file: 8 bytes of header length, little-endian, a JSON header, the tensors back to back.
 
     Of other devices' tensors half a gibibyte at a time is in host memory. Raises as `write_pieces`.
     """
     # The widest come first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
@@ -162,14 +164,19 @@ def read_tensors(path: Path, record: FileRecord) -> dict[str, Tensor]:
     Raises:
         Damage: it is not what was saved. The bytes that were hashed are the bytes that are returned.
     """
+    return read_tensors_and_metadata(path, record)[0]
+
+
+def read_tensors_and_metadata(path: Path, record: FileRecord) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors`, with the texts that the file's header has beside them."""
     with _opened(path, record) as file, Sha256() as digest:
-        header = _read_header(file, record.n_bytes, digest)
+        header, metadata = _read_header(file, record.n_bytes, digest)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in header.items()}
         for tensor in tensors.values():
             _fill(file, tensor, digest)
         if digest.hexdigest() != record.sha256:
             raise _changed()
-    return tensors
+    return tensors, metadata
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -230,7 +237,9 @@ def _changed() -> Damage:
     return Damage("content changed since it was saved")
 
 
-def _read_header(file: BufferedReader, n_bytes: int, digest: Sha256) -> dict[str, tuple[torch.dtype, list[int]]]:
+def _read_header(
+    file: BufferedReader, n_bytes: int, digest: Sha256
+) -> tuple[dict[str, tuple[torch.dtype, list[int]]], dict[str, str]]:
     """Dtype and shape by name, in the order of the file. What a damaged header says must not decide on an allocation.
 
     The tensors must fill the file exactly, as `write_tensors` lays them out.
@@ -239,17 +248,15 @@ def _read_header(file: BufferedReader, n_bytes: int, digest: Sha256) -> dict[str
         length = file.read(8)
         encoded = file.read(min(int.from_bytes(length, "little"), n_bytes))
         digest.update(length + encoded)
-        header = {
-            name: (_BY_NAME[entry["dtype"]], [int(n) for n in entry["shape"]])
-            for name, entry in json.loads(encoded).items()
-            if name != "__metadata__"
-        }
+        content = json.loads(encoded)
+        metadata = dict(content.pop(METADATA, {}))
+        header = {name: (_BY_NAME[entry["dtype"]], [int(n) for n in entry["shape"]]) for name, entry in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _changed() from None
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in header.values()]
     if any(n < 0 for _, shape in header.values() for n in shape) or 8 + len(encoded) + sum(sizes) != n_bytes:
         raise _changed()
-    return header
+    return header, metadata
 
 
 def _fill(file: BufferedReader, tensor: Tensor, digest: Sha256) -> None:

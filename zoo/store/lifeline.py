@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from zoo.errors import ZooError
 from zoo.store.positions import Json, names
 
 _TICK = 0.25
@@ -30,17 +31,12 @@ _SEND = 5.0
 """Seconds that a message may take; a rank that reads none for so long has more to worry about."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 40_000}
 """A machine that does not answer is lost after 40 seconds."""
-EXIT_CODE = 70
 
 
-class Failure(NamedTuple):
-    """Why the ranks can not go on together, and what to do about it."""
+class FenceError(ZooError):
+    """A rank was lost, or the ranks disagree. It is raised on all ranks, and names each one's position."""
 
-    message: str
-    fix: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.message} {self.fix}" if self.fix else self.message
+    exit_code = 70
 
 
 class Stack(NamedTuple):
@@ -58,7 +54,7 @@ class Lifeline:
     """
 
     def __init__(self, rank: int, world_size: int, sockets: dict[int, socket.socket], *, grace: float) -> None:
-        self.failure: Failure | None = None
+        self.failure: FenceError | None = None
         self.ended: dict[int, str] = {}
         self.give_up_at: float | None = None
         self._rank, self._others, self._grace = rank, frozenset(range(world_size)) - {rank}, grace
@@ -78,11 +74,11 @@ class Lifeline:
         _OPEN.add(self)
         threading.Thread(target=self._listen, name="zoo-lifeline", daemon=True).start()
 
-    def fail(self, failure: Failure) -> None:
+    def fail(self, failure: FenceError) -> None:
         """Tell all ranks, unless a failure is known already, and wait until they have heard it."""
         with self._changed:
             self.failure = self.failure or failure
-        self._send("failed", list(failure))
+        self._send("failed", [failure.message, failure.fix])
         self.leave()
 
     def leave(self) -> None:
@@ -138,10 +134,9 @@ class Lifeline:
         """To one rank or all; rank 0 passes on what others say, which is then sent to all but the sender."""
         sender = self._rank if sender is None else sender
         line = json.dumps([sender, to, what, value]).encode() + b"\n"
-        direct = self._sockets if to is None or self._rank else {k: v for k, v in self._sockets.items() if k == to}
         with self._sending:
-            for peer, connection in list(direct.items()):
-                if peer != sender:
+            for peer, connection in list(self._sockets.items()):
+                if peer != sender and (to in (None, peer) or self._rank):
                     with contextlib.suppress(OSError):  # whoever is gone is noticed by the thread, which reads
                         connection.sendall(line)
 
@@ -174,7 +169,7 @@ class Lifeline:
     def _hear(self, sender: int, what: str, value: Json) -> None:
         with self._changed:
             if what == "failed" and self.failure is None:
-                self.failure, self._heard_at = Failure(*value), time.monotonic()
+                self.failure, self._heard_at = FenceError(value[0], fix=value[1]), time.monotonic()
             elif what == "acknowledged":
                 self._acknowledged.add(sender)
             elif what == "ended":
@@ -199,12 +194,12 @@ class Lifeline:
         if peer in self.ended or self.failure:
             return
         what = "rank 0 is gone, and with it the store that it hosted" if peer == 0 else f"rank {peer} is gone"
-        failure = Failure(
+        failure = [
             f"{what}: its connection closed without a word.",
             "It was killed (by a signal, or for want of memory) or its machine is lost: see the end of its own log.",
-        )
+        ]
         if self._rank == 0:
-            self._send("failed", list(failure))
+            self._send("failed", failure)
         self._hear(self._rank, "failed", failure)
 
     def _watch(self) -> None:
@@ -221,7 +216,7 @@ class Lifeline:
         last_words(
             f"zoo: rank {self._rank}: {why}\n"
             f"The main thread of rank {self._rank} can not be interrupted, and the process ends with exit code "
-            f"{EXIT_CODE}. It is at:\n{self._own_stack().text}"
+            f"{FenceError.exit_code}. It is at:\n{self._own_stack().text}"
         )
         self._send("acknowledged")
         self._acknowledged.add(self._rank)
@@ -229,7 +224,7 @@ class Lifeline:
         while time.monotonic() < until and not self._others <= self._acknowledged | self._gone | set(self.ended):
             for key, _ in self._selector.select(0.1):
                 self._read(key.data)
-        os._exit(EXIT_CODE)
+        os._exit(FenceError.exit_code)
 
     def _own_stack(self) -> Stack:
         frame = sys._current_frames().get(self._main)

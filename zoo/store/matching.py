@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError
 from zoo.store.parts import is_finite
+from zoo.store.shards import local_part
 from zoo.store.state import Flat, flatten
 
 _SHOWN = 5
@@ -31,14 +32,14 @@ def check_model(module: Any, stored: Any, at: tuple[Any, ...], *, check_finite: 
     if isinstance(module, nn.Module):
         _check_has_values(module)
     here, there = flatten(module, at), flatten(stored, at)
-    problems = [*_compare(_all(here), _all(there)), *_compare_ties(here, there)]
+    problems = [*_compare(here.all(), there.all()), *_compare_ties(here, there)]
     if problems:
         raise InputError(
             f"the step's {at[0]!r} is not of this {type(module).__name__}: {'; '.join(problems)}.",
             fix="It was saved by another run, or the model was built differently: use the spec it was saved with.",
         )
     if check_finite:
-        _check_finite(module, _all(there))
+        _check_finite(module, there.all())
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, stored: Any, shapes: list[Any] | None, at: str) -> None:
@@ -70,13 +71,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, stored: Any, shapes: list[
 
 def changed_bits(stored: Any, taken: Any) -> list[str]:
     """Names of stored tensors that an object gives back with other bits, or not at all, after it took them."""
-    there, here = _all(flatten(stored)), _all(flatten(taken))
+    there, here = flatten(stored).all(), flatten(taken).all()
     return [name for name, tensor in there.items() if name not in here or not _same_bits(tensor, here[name])]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    a, b = local_part(a), local_part(b)
     return torch.equal(_bits(a), _bits(b.to(a.device)))
 
 
@@ -106,7 +108,8 @@ def _check_finite(module: Any, there: dict[str, Tensor]) -> None:
     """Infinities are at home in buffers, such as masks; a NaN is at home nowhere."""
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)} if _is_module(module) else set()
     wrong = []
-    for name, tensor in there.items():
+    for name, whole in there.items():
+        tensor = local_part(whole)
         if is_finite(tensor):
             continue
         n_wrong = int((~torch.isfinite(tensor.to(torch.complex64 if tensor.is_complex() else torch.float64))).sum())
@@ -121,10 +124,6 @@ def _check_finite(module: Any, there: dict[str, Tensor]) -> None:
 
 def _is_module(module: Any) -> bool:
     return isinstance(module, nn.Module)
-
-
-def _all(flat: Flat) -> dict[str, Tensor]:
-    return {**flat.tensors, **{name: flat.tensors[stored] for name, stored in flat.ties.items()}}
 
 
 def _compare(here: dict[str, Tensor], there: dict[str, Tensor]) -> list[str]:

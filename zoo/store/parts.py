@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError
 from zoo.store.files import FileRecord, record_of, sync_directory, write_json, write_tensors
+from zoo.store.shards import file_name, local_part, sharded_as, write_shards
 from zoo.store.state import Flat, flatten, place, unwrap
 
 MODEL = "model"
@@ -64,7 +65,7 @@ class Parts:
 
     def layout(self) -> dict[str, str]:
         """A digest of each part that must be alike on all ranks, by what it is."""
-        shared = {name: _shape(tensor) for name, tensor in self.shared.tensors.items()}
+        shared = {name: _shape(tensor) for name, tensor in (self.shared.tensors | self.shared.sharded).items()}
         keys = [key for key in self.shared_keys if key != MODEL]
         found = {key: _digest({n: s for n, s in shared.items() if n.startswith(f"{key}.")}) for key in keys}
         if self.model is not None:
@@ -73,8 +74,10 @@ class Parts:
 
     def for_rank(self, rank: int) -> Parts:
         """What a rank writes of it."""
-        nothing = Flat({}, {}, {})
-        return self if rank == 0 else Parts(None, nothing, self.own, [], self.own_keys, [], {})
+        if rank == 0:
+            return self
+        model = None if self.model is None else Flat({}, {}, {}, self.model.sharded)
+        return Parts(model, Flat({}, {}, {}, self.shared.sharded), self.own, [], self.own_keys, [], {})
 
     def snapshot(self) -> Parts:
         """A copy in host memory, for a save that goes on while the training does."""
@@ -115,33 +118,44 @@ def write_parts(directory: Path, parts: Parts, rank: int, files: ModelFiles | No
     Raises:
         OSError: it can not be written.
     """
-    (directory / "state").mkdir(parents=True, exist_ok=True)
+    for name in ("state", *(["model"] if parts.model is not None else [])):
+        (directory / name).mkdir(parents=True, exist_ok=True)
     records = _write(directory, f"state/rank-{rank:05d}", parts.own)
     if rank == 0:
         records |= _write(directory, SHARED, parts.shared, optimizers=parts.optimizers)
         if parts.model is not None:
-            records[MODEL_TREE] = write_json(directory / MODEL_TREE, {"raw": files is None, "tree": parts.model.tree})
-            records |= _write_model(directory, parts.model.tensors, files)
+            records |= _write_model(directory, parts.model, files)
+    for name, flat in ((MODEL, parts.model), (SHARED, parts.shared)):
+        if flat is not None and flat.sharded:
+            (directory / name).mkdir(exist_ok=True)
+            path = f"{name}/{file_name(rank)}"
+            records[path] = write_shards(directory / path, flat.sharded)
+            sync_directory(directory / name)
     sync_directory(directory / "state")
     return records
 
 
 def _write(directory: Path, name: str, flat: Flat, **more: Any) -> dict[str, FileRecord]:
-    records = {f"{name}.json": write_json(directory / f"{name}.json", {"tree": flat.tree, **more})}
+    records = {
+        f"{name}.json": write_json(directory / f"{name}.json", {"tree": flat.tree, "sharded": _shapes(flat), **more})
+    }
     if flat.tensors:
         records[f"{name}.safetensors"] = write_tensors(directory / f"{name}.safetensors", flat.tensors)
     return records
 
 
-def _write_model(directory: Path, tensors: Mapping[str, Tensor], files: ModelFiles | None) -> dict[str, FileRecord]:
+def _write_model(directory: Path, model: Flat, files: ModelFiles | None) -> dict[str, FileRecord]:
+    """A model of which each rank has a part is in no format of ``files``: they write it whole."""
     inside = directory / "model"
-    inside.mkdir()
-    if files is None:
-        records = {RAW_MODEL: write_tensors(directory / RAW_MODEL, tensors)}
-    else:
-        files.write(inside, tensors)
+    is_raw = files is None or bool(model.sharded)
+    content = {"raw": is_raw, "tree": model.tree, "sharded": _shapes(model)}
+    records = {MODEL_TREE: write_json(directory / MODEL_TREE, content)}
+    if is_raw and (model.tensors or not model.sharded):
+        records[RAW_MODEL] = write_tensors(directory / RAW_MODEL, model.tensors)
+    elif files is not None and not is_raw:
+        files.write(inside, model.tensors)
         paths = sorted(path for path in inside.rglob("*") if path.is_file())
-        records = {path.relative_to(directory).as_posix(): record_of(path) for path in paths}
+        records |= {path.relative_to(directory).as_posix(): record_of(path) for path in paths}
     for path in (inside, *(path for path in inside.rglob("*") if path.is_dir())):
         sync_directory(path)
     return records
@@ -151,12 +165,14 @@ def not_finite(parts: Parts) -> list[str]:
     """Names of parameters that hold an infinity or a NaN; without a module, of all tensors of the model."""
     if parts.model is None:
         return []
-    names = set(parts.parameters) or set(parts.model.tensors)
-    return [name for name, tensor in parts.model.tensors.items() if name in names and not is_finite(tensor)]
+    tensors = parts.model.tensors | parts.model.sharded
+    names = set(parts.parameters) or set(tensors)
+    return [name for name, tensor in tensors.items() if name in names and not is_finite(tensor)]
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds no infinity and no NaN. One sum tells, unless finite values overflow in it."""
+    """Whether it holds no infinity and no NaN, as far as it is here. One sum tells, unless finite values overflow."""
+    tensor = local_part(tensor)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -166,7 +182,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 def fingerprint(model: Flat) -> str:
     """A sha256 of the model's tensor names, shapes, dtypes and ties."""
-    return _digest([sorted((name, *_shape(t)) for name, t in model.tensors.items()), sorted(model.ties.items())])
+    return _digest(
+        [sorted((name, *_shape(t)) for name, t in (model.tensors | model.sharded).items()), sorted(model.ties.items())]
+    )
 
 
 def optimizer_parameters(value: Any, path: tuple[Any, ...] = ()) -> dict[str, Any]:
@@ -191,7 +209,14 @@ def _is_alike(key: str, value: Any) -> bool:
 
 
 def _copied(flat: Flat) -> Flat:
-    return Flat({name: tensor.to("cpu", copy=True) for name, tensor in flat.tensors.items()}, flat.tree, flat.ties)
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in flat.tensors.items()}
+    sharded = {name: sharded_as(t, t.to_local().to("cpu", copy=True), t.shape) for name, t in flat.sharded.items()}
+    return Flat(tensors, flat.tree, flat.ties, sharded)
+
+
+def _shapes(flat: Flat) -> dict[str, list[Any]]:
+    """Dtype and shape of each sharded tensor as a whole."""
+    return {name: _shape(tensor) for name, tensor in flat.sharded.items()}
 
 
 def _shape(tensor: Tensor) -> list[Any]:

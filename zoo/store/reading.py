@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zoo.errors import InputError
 from zoo.store.files import Damage, FileRecord, check_file, read_json, read_tensors
 from zoo.store.manifest import Manifest, damages
 from zoo.store.parts import MODEL, MODEL_TREE, RAW_MODEL, RNG, SHARED, ModelFiles
 from zoo.store.retention import Best
-from zoo.store.state import unflatten
+from zoo.store.shards import file_name, optimizer_layout, part_of, read_shards
+from zoo.store.state import flatten, is_stateful, unflatten, unwrap
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,13 @@ def read_step(directory: Path, manifest: Manifest, keys: Mapping[str, Any], load
         Damage: files of the step are not what was saved; one argument for each, naming it.
         InputError: ``model/`` is in another format than the store's.
     """
-    step = _StepFiles(directory, manifest)
+    step = _StepFiles(directory, manifest, loading.rank)
     state: dict[str, Any] = {}
     optimizers: dict[str, Any] = {}
     if MODEL in keys:
-        state[MODEL] = step.model(loading.files)
+        state[MODEL] = step.model(loading.files, _sharding_of_model(keys[MODEL]))
     if any(key in manifest.shared for key in keys if key != MODEL):
-        shared, content = step.part(SHARED)
+        shared, content = step.part(SHARED, _sharding(keys))
         state |= shared
         optimizers = content.get("optimizers", {})
     # Ranks beyond those that saved, or fewer: all go on from what rank 0 had.
@@ -68,24 +73,69 @@ def read_step(directory: Path, manifest: Manifest, keys: Mapping[str, Any], load
     return Stored({key: state[key] for key in keys}, rng, optimizers)
 
 
+Sharding = Callable[[str, Sequence[int]], DTensor | None]
+"""A tensor that is sharded as that of this name and shape is to be; ``None``: it is whole."""
+
+
+def _whole(name: str, shape: Sequence[int]) -> DTensor | None:
+    return None
+
+
+def _parted(tensors: Mapping[str, Tensor], like: Sharding) -> dict[str, Tensor]:
+    """Whole tensors, cut to what this rank has of those that are sharded here."""
+    shardings = {name: like(name, tensor.shape) for name, tensor in tensors.items()}
+    return {name: t if (s := shardings[name]) is None else part_of(t, s) for name, t in tensors.items()}
+
+
+def _sharding_of_model(target: Any) -> Sharding:
+    sharded = flatten(unwrap(target)).sharded if is_stateful(unwrap(target)) else {}
+    return lambda name, shape: sharded.get(name)
+
+
+def _sharding(targets: Mapping[str, Any]) -> Sharding:
+    """Of everything but the model. What an optimizer keeps for a parameter is sharded like it, if shaped like it."""
+    sharded: dict[str, DTensor] = {}
+    optimizers: dict[str, DTensor] = {}
+    for key, target in targets.items():
+        value = unwrap(target)
+        if isinstance(value, torch.optim.Optimizer):
+            optimizers |= optimizer_layout(value, key)
+        elif is_stateful(value) and key != MODEL:
+            sharded |= flatten({key: value}).sharded
+
+    def like(name: str, shape: Sequence[int]) -> DTensor | None:
+        parameter = optimizers.get(name.rpartition(".")[0] + ".")
+        return parameter if parameter is not None and parameter.shape == torch.Size(shape) else sharded.get(name)
+
+    return like
+
+
 class _StepFiles:
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
+    def __init__(self, directory: Path, manifest: Manifest, rank: int) -> None:
+        self._directory, self._manifest, self._rank = directory, manifest, rank
         self._problems: list[str] = []
         self._read: set[str] = set()
 
-    def part(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A part's state, and all that its JSON file says; empty if a file is damaged."""
+    def part(self, name: str, like: Sharding = _whole) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A part's state, and all that its JSON file says; empty if a file is damaged.
+
+        Args:
+            like: how a tensor of this name and shape is sharded here.
+        """
         content, tensors = self._json(f"{name}.json"), self._tensors(f"{name}.safetensors")
         if content is None or tensors is None:
             return {}, {}
-        return unflatten(content["tree"], tensors), content
+        shards = self._shards(name, content, like)
+        return ({}, {}) if shards is None else (unflatten(content["tree"], _parted(tensors, like) | shards), content)
 
-    def model(self, files: ModelFiles | None) -> Any:
+    def model(self, files: ModelFiles | None, like: Sharding) -> Any:
         """The model's state dict; None if a file is damaged."""
         content = self._json(MODEL_TREE)
         if content is None:
             return None
+        if content.get("sharded"):
+            tensors, shards = self._tensors(RAW_MODEL), self._shards(MODEL, content, like)
+            return None if tensors is None or shards is None else unflatten(content["tree"], tensors | shards)
         if content["raw"] != (files is None):
             raise InputError(
                 f"{self._directory / 'model'} is {'not ' * (files is None)}plain model.safetensors.",
@@ -96,11 +146,28 @@ class _StepFiles:
         else:
             names = [name for name in self._manifest.files if name.startswith("model/")]
             tensors = files.read(self._directory / "model") if self._check(names) else None
-        return None if tensors is None else unflatten(content["tree"], tensors)
+        return None if tensors is None else unflatten(content["tree"], _parted(tensors, like))
+
+    def _shards(self, name: str, content: Mapping[str, Any], like: Sharding) -> dict[str, Tensor] | None:
+        """The tensors that were saved in parts; None if a file is damaged."""
+        if not content.get("sharded"):
+            return {}
+        shapes = {key: (getattr(torch, dtype), shape) for key, (dtype, shape) in content["sharded"].items()}
+        prefix = f"{name}/"
+        files = {f: r for f, r in self._manifest.files.items() if f.startswith(prefix + "shard-")}
+        try:
+            found, read = read_shards(self._directory, files, shapes, like, mine=prefix + file_name(self._rank))
+        except Damage as damage:
+            self._problems.append(str(damage))
+            return None
+        self._read |= read
+        return found
 
     def check_rest(self, ranks: range) -> None:
         """Verify what no rank reads."""
         others = {f"state/rank-{rank:05d}.{kind}" for rank in ranks for kind in ("json", "safetensors")}
+        read = [name for name in (MODEL, SHARED) if any(path.startswith(f"{name}/shard-") for path in self._read)]
+        others |= {f"{name}/{file_name(rank)}" for name in read for rank in ranks}
         self._check([name for name in self._manifest.files if name not in self._read | others])
 
     def raise_problems(self) -> None:

@@ -16,23 +16,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from zoo.errors import ZooError
+from zoo.store.lifeline import FenceError
 from zoo.store.positions import Json, names
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 _CONNECT = 10.0
 """Seconds for one address of rank 0."""
 _ANSWER = 30.0
 """Seconds in which the right listener greets us."""
-
-
-class FenceError(ZooError):
-    """A rank was lost, or the ranks disagree. It is raised on all ranks, and names each one's position."""
-
-    exit_code = 70
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Group:
 class Meeting:
     """What this rank holds after all have met: the store, and sockets by rank (rank 0: all others; others: rank 0)."""
 
-    store: dist.TCPStore
+    store: TCPStore
     sockets: dict[int, socket.socket]
 
 
@@ -79,9 +76,7 @@ def meet(group: Group, *, timeout: float, notice: float) -> Meeting:
 def _host(group: Group, timeout: float, notice: float) -> Meeting:
     try:
         listener = _listen(group.world_size)
-        store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_ANSWER)
-        )
+        store = _store("127.0.0.1", 0, is_host=True)
     except (OSError, RuntimeError) as error:
         group.broadcast({"error": str(error)})
         raise FenceError(f"rank 0 can not open a port for the fence: {error}.") from error
@@ -102,6 +97,12 @@ def _host(group: Group, timeout: float, notice: float) -> Meeting:
         with contextlib.suppress(OSError):  # who is gone already is noticed by those who listen
             peer.sendall(b"go\n")
     return Meeting(store, sockets)
+
+
+def _store(host: str, port: int, *, is_host: bool) -> TCPStore:
+    wait = timedelta(seconds=_ANSWER)
+    store: TCPStore = dist.TCPStore(host, port, is_master=is_host, wait_for_workers=False, timeout=wait)  # type: ignore[attr-defined]
+    return store
 
 
 def _listen(world_size: int) -> socket.socket:
@@ -206,9 +207,7 @@ def _call(host: str, at: Json, rank: int) -> socket.socket:
 
 def _enter(peer: socket.socket, host: str, at: Json, timeout: float) -> Meeting:
     try:
-        store = dist.TCPStore(
-            host, at["store"], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_ANSWER)
-        )
+        store = _store(host, at["store"], is_host=False)
         peer.settimeout(timeout + _ANSWER)
         go = _read_line(peer)
     except (OSError, RuntimeError) as error:

@@ -48,6 +48,11 @@ def block_of(tensor: DTensor) -> Block:
     return Block(tuple(offset), tuple(shape))
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_first_copy(tensor: DTensor) -> bool:
     """Whether this rank is the one to write its part: of those that have the same, the first."""
     coordinate: Any = tensor.device_mesh.get_coordinate()
@@ -102,13 +107,12 @@ class Wanted:
             raise Damage(f"{self._n_missing} values are in none of the files")
         if self._like is None:
             return self._local
-        return sharded_as(self._like, self._local, self._shape)
+        return sharded_as(self._like, self._local.to(self._like.to_local().device), self._shape)
 
 
 def sharded_as(like: DTensor, local: Tensor, shape: Sequence[int]) -> DTensor:
     """A sharded tensor of which ``local`` is this rank's part."""
     stride = torch.empty(shape, device="meta").stride()
-    local = local.to(like.to_local().device)
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
@@ -118,37 +122,51 @@ def part_of(whole: Tensor, like: DTensor) -> DTensor:
     """This rank's part of a tensor that every rank has whole."""
     block = block_of(like)
     part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
-    return sharded_as(like, part.contiguous(), whole.shape)
+    return sharded_as(like, part.contiguous().to(like.to_local().device), whole.shape)
 
 
 def read_shards(
     directory: Path,
     files: Mapping[str, FileRecord],
     shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    like: Callable[[str], DTensor | None],
+    like: Callable[[str, Sequence[int]], DTensor | None],
     *,
     mine: str | None = None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], set[str]]:
     """Put tensors together from the files of all ranks.
 
     Args:
-        files: records by name.
+        files: records by path in the directory.
         shapes: dtype and shape of each whole tensor.
-        like: how the tensor of a name is sharded here.
-        mine: the file that this rank wrote. If it holds all that is wanted, no other is read.
+        like: how the tensor of a name and shape is sharded here.
+        mine: the file that this rank would have written. If it holds all that is wanted, no other is read.
+
+    Returns:
+        The tensors, and the files that were read.
 
     Raises:
         Damage: a file is not what was saved, or parts are missing.
     """
-    wanted = {name: Wanted(shape, dtype, like(name)) for name, (dtype, shape) in shapes.items()}
+    wanted = {name: Wanted(shape, dtype, like(name, shape)) for name, (dtype, shape) in shapes.items()}
+    read = set()
     for name in _own_first(files, mine):
-        tensors, metadata = read_tensors_and_metadata(directory / name, files[name])
+        read.add(name)
+        try:
+            tensors, metadata = read_tensors_and_metadata(directory / name, files[name])
+        except Damage as damage:
+            raise Damage(f"{name}: {damage}") from None
         offsets = json.loads(metadata[INFO])
         for key, part in tensors.items():
             wanted[key].take(part, offsets[key][OFFSETS])
         if name == mine and not any(one._n_missing for one in wanted.values()):
             break
-    return {name: one.tensor() for name, one in wanted.items()}
+    return {name: one.tensor() for name, one in wanted.items()}, read
+
+
+def optimizer_layout(value: Any, name: str) -> dict[str, DTensor]:
+    """How the state of an optimizer's parameters is sharded: like them. By the beginnings of the names of the state."""
+    parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+    return {f"{name}.state.{i}.": p.detach() for i, p in enumerate(parameters) if isinstance(p, DTensor)}  # type: ignore[misc]
 
 
 def _own_first(files: Iterable[str], mine: str | None) -> list[str]:

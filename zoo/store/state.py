@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from zoo.errors import InputError
 from zoo.store.files import DTYPES
@@ -47,6 +48,13 @@ class Flat(NamedTuple):
     """The rest, with ``{"$tensor": name}`` where tensors go. What JSON lacks is an object with one ``$`` key."""
     ties: dict[str, str]
     """Of each tensor that shares all its memory with one before it: its name, and the name it is stored by."""
+    sharded: dict[str, DTensor] = {}  # noqa: RUF012 - never changed
+    """Tensors of which each rank has a part; named like the others, and no ties."""
+
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor by its name, tied ones by each of theirs."""
+        tied = {name: self.tensors[stored] for name, stored in self.ties.items()}
+        return {**self.tensors, **tied, **self.sharded}
 
 
 def flatten(state: Any, at: tuple[Any, ...] = ()) -> Flat:
@@ -62,7 +70,7 @@ def flatten(state: Any, at: tuple[Any, ...] = ()) -> Flat:
     """
     flattener = _Flattener(at)
     tree = flattener.encode(state, ())
-    return Flat(flattener.tensors, tree, flattener.ties)
+    return Flat(flattener.tensors, tree, flattener.ties, flattener.sharded)
 
 
 def unflatten(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
@@ -100,6 +108,7 @@ class _Flattener:
         self._at = at
         self.tensors: dict[str, Tensor] = {}
         self.ties: dict[str, str] = {}
+        self.sharded: dict[str, DTensor] = {}
         self._stored: dict[tuple[Any, ...], str] = {}
         self._inside: list[int] = []
 
@@ -108,6 +117,10 @@ class _Flattener:
             return value
         if type(value) is float:
             return value if math.isfinite(value) else {"$float": str(value)}
+        if isinstance(value, DTensor):
+            name = self._free_name(".".join(str(key) for key in path))
+            self.sharded[name] = value.detach()  # type: ignore[assignment]
+            return {"$tensor": name}
         if isinstance(value, Tensor):
             return {"$tensor": self._store(plain(value, self._at + path), path)}
         if isinstance(value, np.ndarray | np.generic):
@@ -179,7 +192,7 @@ class _Flattener:
     def _free_name(self, name: str) -> str:
         wanted, n = name, 1
         # safetensors keeps __metadata__ for itself; "a.b" may come from {"a.b": ...} and from {"a": {"b": ...}}.
-        while name in self.tensors or name in self.ties or name in ("", "__metadata__"):
+        while name in self.tensors or name in self.ties or name in self.sharded or name in ("", "__metadata__"):
             n += 1
             name = f"{wanted}#{n}"
         return name
