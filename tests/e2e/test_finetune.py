@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import zoo
 from tests import reference
@@ -155,12 +156,17 @@ def test_micro_batches_and_processes_change_nothing(model: Path, data: Path, tmp
     """Guards the loss's divisor: a mean of means depends on how a batch is divided."""
     common = ("finetune", model, "--data", data, "--max-steps", 5, "--batch-size", 8, *COMMON)
     ways = {"whole": (), "fours": ("--micro-batch-size", 2), "ddp": ("--devices", 2, "--micro-batch-size", 1)}
+    ways["fsdp"] = ("--devices", 2, "--strategy", "fsdp")
     found = {}
     for name, options in ways.items():
         run(*common, *options, "--out", tmp_path / name)
         found[name] = losses(tmp_path / name) + losses(tmp_path / name, "val_loss")
     assert found["fours"] == pytest.approx(found["whole"], abs=1e-6)
     assert found["ddp"] == pytest.approx(found["whole"], abs=1e-6)
+    assert found["fsdp"] == pytest.approx(found["whole"], abs=1e-6)
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "fsdp")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4)
     assert len(found["whole"]) == 7
 
 
@@ -169,8 +175,8 @@ def test_other_methods(adapter: str, rate: float, model: Path, data: Path, tmp_p
     """Guards that each trains, resumes from what it saved, and leaves what the commands take."""
     out = tmp_path / "run"
     options = ("finetune", model, "--data", data, "--out", out, *COMMON, "--lr", rate, "--adapter", adapter,
-               "--batch-size", 4, "--max-steps", 8, "--save-every", 2, "--eval-every", 4)  # fmt: skip
-    assert kill_when(5, out, options, signal.SIGKILL) == -signal.SIGKILL
+               "--batch-size", 4, "--max-steps", 60, "--save-every", 10, "--eval-every", 30)  # fmt: skip
+    assert kill_when(12, out, options, signal.SIGKILL) == -signal.SIGKILL
     run("finetune", "--out", out, "--resume")
     validation = losses(out, "val_loss")
     assert validation[-1] < validation[0]

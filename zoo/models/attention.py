@@ -16,7 +16,7 @@ from zoo.models.masks import Mask
 from zoo.models.norm import build_qk_norm
 from zoo.models.positions import build_rotate
 from zoo.models.rope import Rotation
-from zoo.spec import ModelSpec
+from zoo.spec import ModelSpec, RopeSpec
 
 
 class Attend(Protocol):
@@ -34,6 +34,26 @@ class Attend(Protocol):
         dropout_p: float = 0.0,
     ) -> Tensor:
         """Attention of the last T of S tokens, (B, T, N, H) in q's dtype. A row that sees no key is zero."""
+
+
+class AppendAndAttend(Protocol):
+    """What a backend may have besides, by the name ``append_and_attend``: a step of decoding as one kernel."""
+
+    def __call__(
+        self,
+        q_BTNH: Tensor,
+        k_BTKH: Tensor,
+        v_BTKH: Tensor,
+        *,
+        rotation: Rotation | None,
+        rope: RopeSpec | None,
+        cache: Cache,
+        layer: int,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor | None:
+        """Rotates q and k, stores k and v, attends: (B, T, N, H). None, with nothing done, where it can not do all."""
 
 
 class Attention(nn.Module):
@@ -57,15 +77,40 @@ class Attention(nn.Module):
         self.q_norm = build_qk_norm(spec, spec.n_heads)
         self.k_norm = build_qk_norm(spec, spec.n_kv_heads)
         self.rotate = build_rotate(spec, layer)
+        self.rope = None if layer in spec.unrotated_layers else spec.rope
 
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """Returns (B, T, D)."""
         q_BTNH, k_BSKH, v_BSKH = map(self._heads, apply_linears(x_BTD, self.q, self.k, self.v))
-        q_BTNH = self.rotate(self.q_norm(q_BTNH), rotation)
-        k_BSKH = self.rotate(self.k_norm(k_BSKH), rotation)
+        q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
+        if cache is not None:
+            y_BTNH = self._in_one_kernel(q_BTNH, k_BSKH, v_BSKH, rotation, mask, cache)
+            if y_BTNH is not None:
+                return self.out(y_BTNH.flatten(-2))
+        q_BTNH, k_BSKH = self.rotate(q_BTNH, rotation), self.rotate(k_BSKH, rotation)
         if cache is not None:
             k_BSKH, v_BSKH = cache.append(self.layer, k_BSKH, v_BSKH)
         return self.out(self.attended(q_BTNH, k_BSKH, v_BSKH, mask).flatten(-2))
+
+    def _in_one_kernel(
+        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache
+    ) -> Tensor | None:
+        """What a backend makes of all that is left to do, if it can."""
+        step: AppendAndAttend | None = getattr(self.attend, "append_and_attend", None)
+        if step is None or self.training:
+            return None
+        return step(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            rotation=rotation,
+            rope=self.rope,
+            cache=cache,
+            layer=self.layer,
+            mask=mask.narrowed(self.window),
+            scale=self.scale,
+            softcap=self.softcap,
+        )
 
     def attended(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask) -> Tensor:
         """What the backend makes of queries, keys and values, (B, T, N, H)."""

@@ -16,7 +16,7 @@ from zoo.runs.data import RunData, finetuning_data, pretraining_data
 from zoo.runs.directory import RunDirectory, trains_all
 from zoo.runs.ending import finish
 from zoo.runs.files import AdapterFiles, ModelDirectoryFiles
-from zoo.runs.model import Trained, build_trained, load_trained
+from zoo.runs.model import Trained, build_trained, gathered, load_trained
 from zoo.runs.outcome import Display, Outcome
 from zoo.runs.preflight import preflight
 from zoo.runs.samples import Sampler, questions_of
@@ -179,8 +179,28 @@ class Assembly:
                 grad_clip=recipe.grad_clip,
             )
             ending = trainer.fit()
+        if self._is_sharded:
+            files = replace(files, trained=self._whole(trained))
         self.fence.gather("end", fingerprint={"step": progress.step})
         return finish(self.recipe, self.directory, files, progress, ending, trainer.val_loss, is_first=self.is_first)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.recipe.strategy == "fsdp" and self.fabric.world_size > 1
+
+    def _whole(self, trained: Trained) -> Trained:
+        """On rank 0 a model that is not sharded, with what was trained; it is made anew, in host memory."""
+        state = gathered(trained)
+        if not self.is_first:
+            return trained
+        recipe = self.recipe.model_copy(update={"device": "cpu"})
+        if recipe.task == "pretrain":
+            whole = build_trained(recipe, trained.lm.tokenizer, self.registry)
+        else:
+            whole = load_trained(recipe, self.registry, self.display.say)
+            whole.lm.use_tokenizer(trained.lm.tokenizer)
+        whole.handle.load_state_dict(state)
+        return whole
 
     def _store(self, trained: Trained, files: AdapterFiles | ModelDirectoryFiles) -> CheckpointStore:
         """Another model's steps do not fit, whatever their shapes."""
@@ -201,7 +221,7 @@ class Assembly:
         others = {use.use: make_logger(use, directory.path, recipe, self.registry) for use in recipe.loggers}
         loggers = Loggers(MetricsFile(directory.metrics, after=after), others, self.display.say)
         watchers: dict[str, Any] = {"loggers": Watched(loggers, self.display, limits.steps)}
-        if recipe.strategy == "fsdp" and self.fabric.world_size > 1:
+        if self._is_sharded:
             self.display.say("no samples are written: the model is sharded, and one rank alone can not run it.")
             return watchers
         questions = questions_of(data.held_out, recipe.sample_prompts, chat=data.style is not None)

@@ -33,6 +33,7 @@ def finish(
     outcome = Outcome(
         directory=directory.path,
         ending=ending,
+        model=recipe.model,
         trained=directory.trained(recipe),
         step=progress.step,
         val_loss=val_loss,

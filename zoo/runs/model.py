@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zoo.adapters.attach import AttachedAdapter
 from zoo.api import choose_device, load
@@ -89,6 +91,12 @@ def build_trained(recipe: Recipe, tokenizer: Tokenizer, registry: Registry) -> T
     init_weights(model, generator)
     model.to(device=device, dtype=precision.param_dtype)
     return _adapted(LanguageModel(model, checkpoint, precision.name, chosen.name, chosen.backend, device, []), recipe)
+
+
+def gathered(trained: Trained) -> dict[str, Tensor]:
+    """What is trained, whole on every rank; all of them call it."""
+    state = trained.handle.state_dict()
+    return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in state.items()}
 
 
 def _padded(vocab_size: int) -> int:

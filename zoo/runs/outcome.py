@@ -46,6 +46,7 @@ class Outcome:
 
     directory: Path
     ending: str
+    model: str = ""
     trained: Path | None = None
     step: int = 0
     val_loss: float | None = None
@@ -67,7 +68,7 @@ class Outcome:
             said.append(
                 f"validation loss {self.val_loss:.4f}; the lowest was {self.best_loss:.4f} at step {self.best_step}"
             )
-        how = "MODEL --adapter " if self.trained.name == "adapter" else ""
+        how = f"{self.model} --adapter " if self.trained.name == "adapter" else ""
         said.append(f"try it: zoo chat {how}{self.trained}")
         return [*said, f"report: {self.report}"]
 

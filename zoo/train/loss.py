@@ -62,7 +62,7 @@ def supervised_loss(model: nn.Module, batch: Batch | Condensed, *, chunk_size: i
         assert isinstance(batch, Batch), "a module with a forward of its own takes whole batches"
         return _loss_of_logits(model, batch)
     hidden_MD, targets_M = _supervised(model, batch)
-    return _head_loss(model, hidden_MD, targets_M, chunk_size), targets_M.shape[0]
+    return _head_loss(model, hidden_MD, targets_M, chunk_size), batch.n_supervised
 
 
 def _loss_of_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -83,11 +83,11 @@ def _loss_of_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         )
     supervised_BT = batch.targets_BT != IGNORED
     targets_M = batch.targets_BT[supervised_BT]
-    return F.cross_entropy(logits[supervised_BT].float(), targets_M, reduction="sum"), targets_M.shape[0]
+    return F.cross_entropy(logits[supervised_BT].float(), targets_M, reduction="sum"), batch.n_supervised
 
 
 def _supervised(model: GPT, batch: Batch | Condensed) -> tuple[Tensor, Tensor]:
-    """What the head gets (M, D) where there is a target, and the targets (M)."""
+    """What the head gets (M, D) where there is a target, and the targets (M), some of them `IGNORED`."""
     if isinstance(batch, Batch):
         condensed = _condensed(model, batch)
         if condensed is None:
@@ -133,11 +133,11 @@ def _head_loss(model: GPT, hidden_MD: Tensor, targets_M: Tensor, chunk_size: int
 
 
 def _even_chunks(hidden_MD: Tensor, vocab_size: int) -> int:
-    """Targets of a chunk, so that all are of about the same size."""
+    """Targets of a chunk: a multiple of 16, all chunks of about the same size."""
     n_targets = max(1, hidden_MD.shape[0])
     at_once = _LOGITS_AT_ONCE.get(hidden_MD.device.type, _LOGITS_AT_ONCE["other"])
     n_chunks = -(-n_targets * vocab_size // at_once)
-    return -(-n_targets // n_chunks)
+    return 16 * -(-n_targets // (16 * n_chunks))
 
 
 def _weight_alone(head: nn.Module) -> Tensor | None:
@@ -212,10 +212,13 @@ def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, cap: float | None) -> t
     """The loss of logits that are yet to be capped, and its gradient; both float32."""
     capped_CV = logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap
     log_p_CV = capped_CV.log_softmax(dim=-1)
-    target = (torch.arange(targets_C.shape[0], device=targets_C.device), targets_C)
-    loss = -log_p_CV[target].sum()
+    rows = torch.arange(targets_C.shape[0], device=targets_C.device)
+    target = (rows, targets_C.clamp(min=0))
+    is_ignored = targets_C == IGNORED
+    loss = -log_p_CV[target].masked_fill(is_ignored, 0.0).sum()
     gradient_CV = log_p_CV.exp_()
     gradient_CV[target] -= 1.0
+    gradient_CV[is_ignored] = 0.0
     return loss, gradient_CV if cap is None else gradient_CV * (1.0 - (capped_CV / cap).square())
 
 
