@@ -54,6 +54,7 @@ def test_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
     assert train(plain, world=2, until=8, resume=True) == pytest.approx(straight[4:], abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_torch_reads_the_shards(tmp_path: Path) -> None:
     """Guards the layout, which is that of torch.distributed.checkpoint's Hugging Face storage."""
     store = tmp_path / "store"

@@ -75,7 +75,6 @@ WATCHING = {
     "sample_prompts": click.option(
         "--sample-prompt", "sample_prompts", multiple=True, metavar="TEXT", help="Answered at each evaluation."
     ),
-    "plugins": click.option("--observer", "plugins", multiple=True, metavar="NAME", help="Plugins that observe."),
 }
 OUT = {"out": click.option("--out", metavar="DIR", help="The run's directory. [default: runs/...]")}
 GROUPS = (OUT, DATA, EXAMPLES, METHOD, BATCHES, LENGTH, OPTIMIZER, WATCHING, PLACE)

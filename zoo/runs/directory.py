@@ -22,7 +22,6 @@ MAY_CHANGE = (
     "log_every",
     "loggers",
     "keep",
-    "plugins",
 )
 """Keys that change where and how a run is computed, and not what comes out but for rounding."""
 

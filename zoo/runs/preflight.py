@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from zoo.adapters.proof import without_gradient
 from zoo.data.audit import bos_eos_audit, masked_text
 from zoo.errors import InputError, ZooError
+from zoo.models.gpt import GPT
 from zoo.runs.data import RunData
 from zoo.runs.model import Trained
 from zoo.train.loss import SupervisedLoss
@@ -48,13 +50,15 @@ def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, m
     lm, handle = trained.lm, trained.handle
     n_trained = sum(p.numel() for p in handle.trainable().values())
     n_all = sum(p.numel() for p in lm.model.parameters())
-    seconds, n_tensors = _prove(trained, data, module)
+    seconds, n_tensors, silent = _prove(recipe, trained, data, module)
     facts = {
         "model": f"{recipe.model}: {n_all - (0 if n_all == n_trained else n_trained):,} parameters, "
         f"{lm.precision} on {lm.device}, {lm.attention} attention" + (f", {lm.quantized}" if lm.quantized else ""),
         "trained": f"{recipe.adapter.use}: {n_trained:,} parameters ({n_trained / n_all:.2%}) in {n_tensors} tensors",
         **data.facts,
-        "gradients": f"every one of the {n_tensors} tensors gets one",
+        "gradients": f"every one of the {n_tensors} tensors gets one"
+        if not silent
+        else f"all but {len(silent)} of {n_tensors} tensors get one; the loss can not depend on {silent[0]}",
         "steps": _steps(recipe, data, limits),
         "time": _duration(seconds, recipe, limits),
     }
@@ -62,8 +66,12 @@ def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, m
     return Preflight(facts, sample, warnings)
 
 
-def _prove(trained: Trained, data: RunData, module: SupervisedLoss) -> tuple[float, int]:
-    """Run one forward and backward on a few rows; seconds that they took per row, and the number of tensors."""
+def _prove(recipe: Recipe, trained: Trained, data: RunData, module: SupervisedLoss) -> tuple[float, int, list[str]]:
+    """Run one forward and backward on a few rows.
+
+    Returns:
+        Seconds that a row took, the number of tensors, and those that can not have a gradient.
+    """
     batch = data.data.step(0, rank=0, world_size=1, micro_batch_size=2)[-1].to(trained.lm.device)
     seconds = [0.0]
 
@@ -78,13 +86,22 @@ def _prove(trained: Trained, data: RunData, module: SupervisedLoss) -> tuple[flo
     silent = without_gradient(trained.handle, loss)
     module.train(is_training)
     torch.random.set_rng_state(state)
-    if silent:
-        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+    allowed = (*recipe.without_gradient, *_invariant(trained))
+    if unexpected := [name for name in silent if not any(fnmatch(name, pattern) for pattern in allowed)]:
+        more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
         raise NoGradientError(
-            f"{', '.join(silent[:3])}{more} would be trained, and the loss does not depend on them.",
-            fix="Leave them out of the adapter's targets.",
+            f"{', '.join(unexpected[:3])}{more} would be trained, and the loss does not depend on them.",
+            fix="Leave them out of the adapter's targets; or, if this is meant to be, name them: "
+            f"--set 'without_gradient=[{unexpected[0]}]'.",
         )
-    return seconds[0] / batch.tokens_BT.shape[0], len(trained.handle.trainable())
+    return seconds[0] / batch.tokens_BT.shape[0], len(trained.handle.trainable()), silent
+
+
+def _invariant(trained: Trained) -> tuple[str, ...]:
+    """What can have no gradient: a bias on keys adds the same to all scores of a query, unless they are rotated."""
+    spec = trained.lm.spec
+    is_plain = spec.rope is None and spec.qk_norm == "none" and spec.attn_softcap is None
+    return ("*attn.k.bias",) if is_plain and isinstance(trained.lm.model, GPT) else ()
 
 
 def _steps(recipe: Recipe, data: RunData, limits: Limits) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 CITIES = (
     "Berlin", "Oslo", "Madrid", "Lisbon", "Vienna", "Prague", "Warsaw", "Dublin", "Athens", "Helsinki", "Rome", "Paris",
-    "Zurich", "Brussels", "Hamburg", "Porto", "Krakow", "Geneva", "Munich", "Milan", "Lyon", "Seville", "Bergen", "Graz",
+    "Zurich", "Brussels", "Hamburg", "Porto", "Krakow", "Geneva", "Munich", "Milan", "Lyon", "Seville", "Bergen",
 )  # fmt: skip
 KINDS = ("IC", "ICE", "RE", "TGV", "EC")
 N_TRAIN, N_VALIDATION, N_TEST = 1000, 40, 60

@@ -53,7 +53,6 @@ class Parts:
         optimizer: set up by Fabric, over the parameters that train.
         schedule: the learning rate of the step that follows so many.
         saved: objects and data that a checkpoint holds, besides the optimizer and the progress.
-        observers: called with each step's values.
         sample: writes text with the model as it is; rank 0 calls it after each evaluation.
     """
 
@@ -67,7 +66,6 @@ class Parts:
     store: CheckpointStore
     loggers: Logger | None
     saved: dict[str, Any]
-    observers: tuple[Callable[[int, dict[str, float]], None], ...] = ()
     sample: Callable[[int], None] | None = None
 
 
@@ -177,8 +175,6 @@ class Trainer:
         )
 
     def _log(self, values: dict[str, float]) -> None:
-        for observe in self.parts.observers:
-            observe(self.progress.step, values)
         if self.progress.step % self.every.log and self.progress.step != self.limits.steps:
             return
         measured = self._window.measured() | {"peak_memory": peak_memory(self.parts.fabric.device)}

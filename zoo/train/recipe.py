@@ -90,10 +90,10 @@ class Recipe(BaseModel):
     save_every: PositiveInt | None = None
     """Steps; by default as often as it evaluates."""
     keep: PositiveInt = 2
+    without_gradient: tuple[str, ...] = ()
+    """Globs of parameters that are trained although nothing depends on them."""
     log_every: PositiveInt = 1
     loggers: tuple[Use, ...] = ()
-    plugins: tuple[str, ...] = ()
-    """Plugins that observe the run."""
 
     @model_validator(mode="after")
     def _together(self) -> Self:
