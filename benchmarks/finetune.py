@@ -29,7 +29,7 @@ Result = dict[str, float]
 def plan(arguments: argparse.Namespace, folder: Path) -> Path:
     """The batches of each step and of the validation set, as zoo makes them, and the learning rates."""
     import zoo
-    from zoo.plugins import default_registry
+    from zoo.adapting import default_registry
     from zoo.runs.data import finetuning_data
     from zoo.train.schedule import build_schedule
 

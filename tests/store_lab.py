@@ -228,7 +228,7 @@ def kill_loop(directory: Path, kills: int, seed: int, background: bool) -> dict[
 
     for _ in range(kills):
         with forked(partial(save_on, newest + 1)) as (child, lines):
-            time.sleep(chance.uniform(0.0, 3 * pace))
+            time.sleep(chance.uniform(0.0, (6 if background else 3) * pace))
             os.kill(child, signal.SIGKILL)
             said = [int(line) for line in lines if line.endswith("\n")]
         leftovers += any(path.name.startswith((".tmp-", ".trash-", ".replaced-")) for path in directory.glob(".*"))

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from zoo.language_model import LanguageModel
     from zoo.plugins import load_zoo
     from zoo.spec import ModelSpec
+    from zoo.store.store import CheckpointStore
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CheckpointStore": "zoo.store.store",
     "LanguageModel": "zoo.language_model",
     "adapt": "zoo.adapting",
     "build": "zoo.api",
@@ -25,7 +27,18 @@ _LAZY = {
     "ModelSpec": "zoo.spec",
 }
 
-__all__ = ["LanguageModel", "ModelSpec", "__version__", "adapt", "build", "load", "load_adapter", "load_zoo", "save"]
+__all__ = [
+    "CheckpointStore",
+    "LanguageModel",
+    "ModelSpec",
+    "__version__",
+    "adapt",
+    "build",
+    "load",
+    "load_adapter",
+    "load_zoo",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,8 @@ def run(body: str, *sent: signal.Signals) -> tuple[int, list[str], str]:
         assert process.stdout
         lines = []
         for number in sent:
+            if lines:
+                time.sleep(1.2)  # what comes sooner counts as the first once more
             lines.append(process.stdout.readline().strip())
             process.send_signal(number)
         out, errors = process.communicate(timeout=60)
@@ -72,6 +75,12 @@ def test_the_first_signal_is_only_noted(number: signal.Signals) -> None:
 def test_the_second_signal_ends_the_process(first: signal.Signals, second: signal.Signals, code: int) -> None:
     """Guards against a user who can not stop a process that saves for too long."""
     assert run("wait(); time.sleep(30)", first, second)[:2] == (code, ["ready", first.name])
+
+
+def test_what_comes_at_once_is_one_signal() -> None:
+    """Guards against a launcher that passes on what the whole job was sent: torchrun under SLURM ends it unsaved."""
+    twice = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.5); wait()"
+    assert run(twice)[:2] == (0, ["ready", "SIGTERM"])
 
 
 @pytest.mark.parametrize("first", [INT, TERM])

@@ -145,6 +145,16 @@ def test_tied_tensors_are_stored_once_and_come_back_tied() -> None:
     assert state["turned"].shape == (2, 3)
 
 
+def test_names_that_meet_stay_apart(tmp_path: Path) -> None:
+    """Guards against a tensor that another one overwrites, or that the header of the file takes for its own."""
+    names: list[Any] = ["a.b", "__metadata__", "", "a.b#2", 1, "1", 1.5]
+    state = {name: torch.tensor([i]) for i, name in enumerate(names)} | {"a": {"b": torch.tensor([7])}}
+    flat = flatten(state)
+    record = write_tensors(tmp_path / "x", flat.tensors)
+    assert same(unflatten(flat.tree, read_tensors(tmp_path / "x", record)), state)
+    assert len(load_file(tmp_path / "x")) == len(state)
+
+
 def test_names_of_a_module_are_those_of_its_state_dict() -> None:
     """Guards against files whose tensor names only zoo can read."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

@@ -87,7 +87,7 @@ def finetuning_data(recipe: Recipe, tokenizer: Tokenizer, context: int, registry
         "tokens": f"{counts.n_tokens:,}, {counts.n_supervised:,} of them learnt; longest {counts.longest:,}",
         "prompt style": style.name + (", prompts are learnt too" if recipe.train_on_prompt else ""),
     }
-    if lost := _lost(loaded.n_without_reply, counts.n_truncated, counts.n_masked, limit):
+    if lost := left_out(loaded.n_without_reply, counts.n_truncated, counts.n_masked, limit):
         facts["left out"] = lost
     if loaded.ignored:
         facts["columns not used"] = ", ".join(loaded.ignored)
@@ -101,7 +101,8 @@ def _limit(recipe: Recipe, context: int) -> int:
     return recipe.max_seq_len or context
 
 
-def _lost(n_without_reply: int, n_truncated: int, n_masked: int, limit: int) -> str:
+def left_out(n_without_reply: int, n_truncated: int, n_masked: int, limit: int) -> str:
+    """What was lost of samples on the way to sequences of so many tokens, in words; nothing: none was."""
     counts = (
         (n_without_reply, "without anything to learn"),
         (n_truncated, f"cut at {limit:,} tokens"),

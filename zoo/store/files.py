@@ -48,7 +48,7 @@ _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 METADATA = "__metadata__"
 """The key of a safetensors header that is no tensor."""
 _PIECE_BYTES = 16 * 2**20
-_PIECES_AHEAD = 32
+_PIECES_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Damage(Exception):  # noqa: N818 - a finding about a file
 
 
 class Sha256:
-    """A sha256 that is computed in a thread while the caller reads or writes the next piece."""
+    """A sha256 that is computed in a thread while the caller reads or writes the next piece.
 
-    def __init__(self) -> None:
+    Args:
+        ahead: how many pieces may wait for it; None if they take no memory of their own.
+    """
+
+    def __init__(self, ahead: int | None = None) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._ahead: deque[Future[None]] = deque()
+        self._waiting: deque[Future[None]] = deque()
+        self._ahead = ahead
 
     def __enter__(self) -> Sha256:
         return self
@@ -79,24 +84,24 @@ class Sha256:
 
     def update(self, piece: Any) -> None:
         """Take one more piece, which must not change any more. Waits when it is too far behind."""
-        self._ahead.append(self._thread.submit(self._digest.update, piece))
-        while len(self._ahead) > _PIECES_AHEAD:
-            self._ahead.popleft().result()
+        self._waiting.append(self._thread.submit(self._digest.update, piece))
+        while self._ahead is not None and len(self._waiting) > self._ahead:
+            self._waiting.popleft().result()
 
     def hexdigest(self) -> str:
         """The digest of all pieces."""
-        while self._ahead:
-            self._ahead.popleft().result()
+        while self._waiting:
+            self._waiting.popleft().result()
         return self._digest.hexdigest()
 
 
-def write_pieces(path: Path, pieces: Iterable[Any]) -> FileRecord:
-    """Write a new file of these buffers, down to the disk.
+def write_pieces(path: Path, pieces: Iterable[Any], ahead: int | None = None) -> FileRecord:
+    """Write a new file of these buffers, down to the disk. ``ahead`` is that of `Sha256`.
 
     Raises:
         OSError: the disk is full, a permission is missing, or the file is there already.
     """
-    with Sha256() as digest, path.open("xb") as file:
+    with Sha256(ahead) as digest, path.open("xb") as file:
         for piece in pieces:
             digest.update(piece)
             file.write(piece)
@@ -113,7 +118,7 @@ def write_json(path: Path, tree: Any) -> FileRecord:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write a safetensors file: 8 bytes of header length, little-endian, a JSON header, the tensors back to back.
 
-    Of other devices' tensors half a gibibyte at a time is in host memory. Raises as `write_pieces`.
+    Of other devices' tensors a quarter of a gibibyte at a time is in host memory. Raises as `write_pieces`.
     """
     # The widest come first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -130,7 +135,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for _, tensor in ordered:
             yield from _pieces(tensor)
 
-    return write_pieces(path, pieces())
+    is_copied = any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors.values())
+    return write_pieces(path, pieces(), _PIECES_AHEAD if is_copied else None)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Any]:

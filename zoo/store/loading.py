@@ -14,8 +14,11 @@ from zoo.store.commit import versions
 from zoo.store.files import Damage
 from zoo.store.layout import Step, listing, step_name
 from zoo.store.manifest import Manifest, read_manifest, unexpected
+from zoo.store.matching import check_has_values
+from zoo.store.parts import MODEL
 from zoo.store.ranks import PATIENCE_S, Exchange, Procedure
 from zoo.store.reading import Loading, read_step
+from zoo.store.state import unwrap
 
 _LOG = logging.getLogger(__name__)
 _LISTINGS = 10
@@ -143,6 +146,7 @@ def _read(loading: Loading, directory: Path, step: int, state: dict[str, Any]) -
 def _check_run(loading: Loading, manifest: Manifest, state: dict[str, Any]) -> None:
     """Refuse another run's step, and one with other contents than asked for."""
     refuse_other_identity(loading.identity, manifest.identity, step_name(manifest.step))
+    check_has_values(unwrap(state.get(MODEL)))
     there = [*manifest.shared, *manifest.per_rank]
     if missing := [key for key in state if key not in there]:
         raise InputError(

@@ -29,8 +29,7 @@ def check_model(module: Any, stored: Any, at: tuple[Any, ...], *, check_finite: 
         InputError: names, shapes, dtypes or ties differ, the model has tensors without values, or the step's
             parameters are not finite.
     """
-    if isinstance(module, nn.Module):
-        _check_has_values(module)
+    check_has_values(module)
     here, there = flatten(module, at), flatten(stored, at)
     problems = [*_compare(here.all(), there.all()), *_compare_ties(here, there)]
     if problems:
@@ -87,8 +86,14 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.dtype.itemsize])
 
 
-def _check_has_values(module: nn.Module) -> None:
-    """Buffers that are not persistent are in no checkpoint, and must have their values here."""
+def check_has_values(module: Any) -> None:
+    """Buffers that are not persistent are in no checkpoint, and must have their values here.
+
+    Raises:
+        InputError: a tensor of the module, if it is one, is on the meta device, or such a buffer holds NaN.
+    """
+    if not isinstance(module, nn.Module):
+        return
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     if meta := [name for name, tensor in tensors if tensor.is_meta]:
         raise InputError(

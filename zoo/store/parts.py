@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,19 +122,26 @@ def write_parts(directory: Path, parts: Parts, rank: int, files: ModelFiles | No
     """
     for name in ("state", *(["model"] if parts.model is not None else [])):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    records = _write(directory, f"state/rank-{rank:05d}", parts.own)
+    jobs: list[Callable[[], dict[str, FileRecord]]] = [partial(_write, directory, f"state/rank-{rank:05d}", parts.own)]
     if rank == 0:
-        records |= _write(directory, SHARED, parts.shared, optimizers=parts.optimizers)
+        jobs.append(partial(_write, directory, SHARED, parts.shared, optimizers=parts.optimizers))
         if parts.model is not None:
-            records |= _write_model(directory, parts.model, files)
+            jobs.append(partial(_write_model, directory, parts.model, files))
     for name, flat in ((MODEL, parts.model), (SHARED, parts.shared)):
         if flat is not None and flat.sharded:
-            (directory / name).mkdir(exist_ok=True)
-            path = f"{name}/{file_name(rank)}"
-            records[path] = write_shards(directory / path, flat.sharded)
-            sync_directory(directory / name)
+            jobs.append(partial(_write_shards, directory, f"{name}/{file_name(rank)}", flat))
+    # A disk is faster than one digest: files are written and hashed side by side.
+    with ThreadPoolExecutor(len(jobs), thread_name_prefix="write") as threads:
+        done = [threads.submit(job) for job in jobs]
     sync_directory(directory / "state")
-    return records
+    return {name: record for job in done for name, record in job.result().items()}
+
+
+def _write_shards(directory: Path, path: str, flat: Flat) -> dict[str, FileRecord]:
+    (directory / path).parent.mkdir(exist_ok=True)
+    record = write_shards(directory / path, flat.sharded)
+    sync_directory((directory / path).parent)
+    return {path: record}
 
 
 def _write(directory: Path, name: str, flat: Flat, **more: Any) -> dict[str, FileRecord]:

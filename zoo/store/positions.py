@@ -87,9 +87,11 @@ def disagreement(places: Mapping[int, Place]) -> tuple[str, str]:
 
 def remedy(kinds: Iterable[str]) -> str:
     """What to do when not all ranks make the same call."""
-    special = sorted(set(kinds) - {"step", "end"})
+    kinds = set(kinds)
+    special = sorted(kinds - {"step", "end"})
     if special:
-        return f"Checkpoint calls are collective: call {special[0]}() on every rank, outside `if rank == 0`."
+        uneven = " Before it, all ranks must take the same number of steps." if "step" in kinds else ""
+        return f"Checkpoint calls are collective: call {special[0]}() on every rank, outside `if rank == 0`.{uneven}"
     return (
         "All ranks must take the same number of steps: stop when the gathered posts say so, not when one rank is done."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import weakref
 from types import FrameType, TracebackType
 from typing import Any
@@ -13,6 +14,8 @@ from zoo.errors import InputError
 from zoo.store.lifeline import last_words
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+_SAME = 1.0
+"""Seconds in which further signals repeat the first: torchrun passes on what a cluster has sent to every process."""
 _PATIENCE = 1.0
 """Seconds in which the main thread may act on a second signal; in a collective that never ends it can not."""
 
@@ -20,13 +23,14 @@ _PATIENCE = 1.0
 class StopSignals:
     """Catches SIGTERM, SIGINT and SIGUSR1 between `install` and `restore`, or inside ``with``.
 
-    ``received`` is the name of the first that came. A second one ends the process, or raises ``KeyboardInterrupt`` if
-    it is SIGINT. Python runs handlers in the main thread alone, so a thread of ours sees to it that a second signal
-    ends a process whose main thread is stuck.
+    ``received`` is the name of the first that came. A second one, more than a second later, ends the process, or raises
+    ``KeyboardInterrupt`` if it is SIGINT. Python runs handlers in the main thread alone, so a thread of ours sees to it
+    that a second signal ends a process whose main thread is stuck.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._first_at: float | None = None
         self._previous: dict[int, Any] = {}
         self._wakeup = -1
         self._pipe: tuple[int, int] | None = None
@@ -73,8 +77,8 @@ class StopSignals:
         self.restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
+        if not self._is_second():
             return
         self.restore()
         if number == signal.SIGINT:
@@ -82,12 +86,19 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
+    def _is_second(self) -> bool:
+        """Whether a signal that has just come is another request than the first; asked by both threads."""
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        return now > self._first_at + _SAME
+
     def _watch(self, pipe: int) -> None:
         count = 0
         while arrived := os.read(pipe, 64):
             ours = [number for number in arrived if number in self._previous]
             count += len(ours)
-            if count >= 2 and ours and not self._is_restored.wait(_PATIENCE):
+            if ours and self._is_second() and count >= 2 and not self._is_restored.wait(_PATIENCE):
                 name = signal.Signals(ours[-1]).name
                 last_words(f"zoo: stopped by a second signal, {name}, in a call that can not be interrupted.")
                 os._exit(128 + ours[-1])

@@ -22,6 +22,7 @@ from zoo.store.ranks import PATIENCE_S, Ranks, carry_out
 from zoo.store.reading import Loading
 from zoo.store.retention import Best
 from zoo.store.rng import capture_rng
+from zoo.store.signals import StopSignals
 
 
 class CheckpointStore:
@@ -44,6 +45,8 @@ class CheckpointStore:
         keep_best: the best step by this metric stays too: ``"val_loss"``, ``"accuracy:max"``.
         fence: how the ranks meet, if not by Fabric's or torch's process group.
         background: save in a thread: `save` returns when it has a copy of the state in host memory.
+        signals: until `close`, the first SIGTERM, SIGINT or SIGUSR1 on any rank is what `step` reports on all of them;
+            a second one stops its process at once. Python allows it in the main thread only.
         identity: what this run is, as JSON: a hash of its spec. Another run's steps are refused.
         model_files: the format of ``model/``, if not plain ``model.safetensors``.
         read_only: load only, also while another process writes.
@@ -63,6 +66,7 @@ class CheckpointStore:
         keep_best: str | None = None,
         fence: Ranks | None = None,
         background: bool = False,
+        signals: bool = False,
         identity: Any = None,
         model_files: ModelFiles | None = None,
         read_only: bool = False,
@@ -79,18 +83,44 @@ class CheckpointStore:
         self._work: BackgroundWork[Step] | None = None
         self._deletion: threading.Thread | None = None
         self._lock: WriteLock | None = None
+        self._signals = StopSignals() if signals else None
+        self._must_stop = False
         self._owns_fence = fence is None
         self._ranks: Ranks = Fence.connect(fabric) if fence is None else fence
         try:
             self._open(lock=lock)
+            if self._signals is not None:
+                self._signals.install()
         except BaseException:
             self.close()
             raise
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal asked the run to save and stop; the same on all ranks."""
-        return bool(getattr(self._ranks, "stop_requested", False))
+        """Whether a signal asked the run to save and stop: what the last `step` returned, the same on all ranks."""
+        return self._must_stop
+
+    def step(self, step: int) -> bool:
+        """Meet before a step: call it on every rank, before the first collective of the step.
+
+        A rank that is elsewhere is then an error on all of them, and no hang. A save in the background is seen to.
+
+        Args:
+            step: the number of optimizer steps taken so far; the same on all ranks.
+
+        Returns:
+            Whether to save and stop, because a signal came to any of the ranks. See ``signals``.
+
+        Raises:
+            FenceError: the ranks are not all here, or at other steps.
+            SaveError: a save in the background failed.
+        """
+        _check_step(step)
+        received = self._signals.received if self._signals is not None else None
+        if any(self._ranks.gather("step", received, fingerprint={"step": step})):
+            self._must_stop = True
+        self.poll()
+        return self._must_stop
 
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, Any] | None = None) -> Step | None:
         """Save a step; one that is there is replaced.
@@ -206,6 +236,8 @@ class CheckpointStore:
         try:
             self._finish()
         finally:
+            if self._signals is not None:
+                self._signals.restore()
             if self._lock is not None:
                 self._lock.release()
             if self._owns_fence and isinstance(self._ranks, Fence):
@@ -244,8 +276,7 @@ class CheckpointStore:
         """The parts of a state that may be saved here."""
         if self._read_only:
             raise InputError(f"{self.directory} was opened with read_only=True.")
-        if type(saving.step) is not int or saving.step < 0:
-            raise InputError(f"step={saving.step!r} is no step number.", fix="Count optimizer steps from 0.")
+        _check_step(saving.step)
         if self._lock is not None and not self._lock.is_held:
             raise ZooError("this process did not open the store, or has closed it.", fix="Open one in this process.")
         parts = divide(state, capture_rng())
@@ -310,6 +341,11 @@ class CheckpointStore:
         """The steps whose files have the right sizes, in the order in which they were saved."""
         found = self._on_rank_0("list", lambda: [step.to_json() for step in listing(self.directory).steps])
         return [Step.from_json(self.directory, content) for content in found]
+
+
+def _check_step(step: Any) -> None:
+    if type(step) is not int or step < 0:
+        raise InputError(f"step={step!r} is no step number.", fix="Count optimizer steps from 0.")
 
 
 def _as_json(identity: Any) -> Any:
