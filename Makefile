@@ -1,4 +1,4 @@
-# make demo: set up and see a model write text.  make test: the same environment with the tests' needs, all tests.
+# make demo: set up and see a model learn.  make test: the same environment with the tests' needs, all tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,11 @@ demo: $(VENV)/.installed
 	@echo "== downloading the demo model"
 	$(BIN)/python -m zoo download $(DEMO)
 	@echo
-	@echo "== writing text"
-	$(BIN)/python -m zoo generate $(DEMO) --prompt "Once upon a time" --max-new-tokens 60 --seed 1
-	@echo
 	@echo "== answering a question"
 	$(BIN)/python -m zoo chat $(DEMO) --prompt "What is the capital of France?" --temperature 0
+	@echo
+	@echo "== learning a task, about five minutes on two cores"
+	$(BIN)/python -m zoo quickstart
 	@echo
 	@echo "Next:"
 	@echo "  source $(BIN)/activate      then 'zoo' is on your PATH"

@@ -49,7 +49,7 @@ class AttentionRequest:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of attention. It may also be a `zoo.models.attention.AppendAndAttend`."""
+    """One implementation of attention. It may also have what `zoo.models.attention.AppendAndAttend` says."""
 
     def supports(self, request: AttentionRequest) -> list[str]:
         """Why the request can not be served, one sentence each; empty: it can."""
