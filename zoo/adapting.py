@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from zoo.adapters.attach import AttachedAdapter, attach
 from zoo.adapters.choose import choose_adapter
 from zoo.adapters.discover import sites_of
 from zoo.convert.adapter_base import check_base
-from zoo.convert.adapter_directory import read_adapter, write_adapter
+from zoo.convert.adapter_directory import check_adapter, read_adapter, write_adapter
 from zoo.convert.adapter_names import OwnNames
 from zoo.convert.adapter_path import split_options
 from zoo.errors import InputError
 from zoo.plugins import load_zoo
 from zoo.registry import Registry
+from zoo.store.locate import trained_directory
 
 
 def adapt(
@@ -64,8 +66,8 @@ def load_adapter(
     """Put an adapter on a model: PEFT's, zoo's, LitGPT's, loralib's or the LLaMA-Adapter repository's.
 
     Args:
-        path: a directory, or a file that ``torch.save`` wrote. Options may follow it: ``lora.pt,alpha=16``. Other
-            arguments as for `adapt`.
+        path: a directory, a run or a step of one, or a file that ``torch.save`` wrote. Options may follow it:
+            ``lora.pt,alpha=16``. Other arguments as for `adapt`.
         any_base: whether it may have been made for another model, as far as its directory says so.
         options: what the file does not say: of loralib's ``alpha``, its ``lora_alpha`` (1 by default, as there, which
             the handle's ``notes`` tell), and ``enabled``, the ``enable_lora`` of its `MergedLinear` (needed if not all
@@ -76,7 +78,9 @@ def load_adapter(
         InputError: a file is missing or damaged, an option is missing or unknown, or the adapter was made for another
             model, or does not fit this one.
     """
+    notes: list[str] = []
     path, given = split_options(path)
+    path = trained_directory(path, "adapter", notes.append)
     options = given | options
     if not isinstance(any_base := options.pop("any_base", any_base), bool):
         raise InputError(f"{path}: any_base is true or false, not {any_base!r}.")
@@ -88,12 +92,27 @@ def load_adapter(
     try:
         handle = adapt(module, stored.adapter, name=name, names=names, base=base, registry=registry, **stored.options)
         handle.load_state_dict(stored.state)
-        handle.notes += stored.notes
+        handle.notes += [*notes, *stored.notes]
     except InputError as error:
         if handle is not None:
             handle.detach()
         raise InputError(f"the adapter {path} does not fit this model: {error.message}", fix=error.fix) from None
     return handle
+
+
+def find_adapter(given: str | Path, report: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]]:
+    """Path and options of an adapter as `load_adapter` takes it; its weights are not read.
+
+    Args:
+        report: as for `trained_directory`.
+
+    Raises:
+        InputError, FileFormatError: there is none, or an option is no YAML.
+    """
+    path, options = split_options(given)
+    path = trained_directory(path, "adapter", report)
+    check_adapter(path)
+    return path, options
 
 
 @lru_cache(maxsize=1)

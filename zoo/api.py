@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.adapting import default_registry
+from zoo.adapting import default_registry, find_adapter
 from zoo.attention.base import AttentionRequest, choose_attention
-from zoo.convert.adapter_directory import check_adapter
 from zoo.convert.base import Checkpoint
 from zoo.convert.export import Exported, export_model
 from zoo.convert.from_model import fresh_checkpoint, from_model
@@ -32,6 +31,8 @@ from zoo.registry import Registry
 from zoo.sources.base import FetchOptions
 from zoo.sources.resolve import resolve_model
 from zoo.spec import ModelSpec
+from zoo.store.locate import trained_directory
+from zoo.text.prompts import read_prompt_style
 from zoo.text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "build", "checkpoints_directory", "choose_device", "load", "save"]
@@ -59,15 +60,15 @@ def load(
     """Load a model.
 
     Args:
-        model: a registry name, a model directory, a GGUF file, or a source such as ``hf:org/name``. What is not there
-            yet is downloaded to `checkpoints_directory`.
+        model: a registry name, a model directory, a run or a step of one, a GGUF file, or a source such as
+            ``hf:org/name``. What is not there yet is downloaded to `checkpoints_directory`.
         precision: a registered precision; ``auto`` takes the stored one where the device computes in it.
         attention: a registered backend; ``auto`` takes the first that can serve the model.
         device: ``auto`` (cuda, mps or cpu), or a torch device.
         quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read. By default the
             one that the directory was written for, if any.
         compile: decode with a compiled model; the first token then takes about a minute. Adapters are merged for it.
-        adapters: adapter directories, PEFT's or zoo's, that apply one after the other. With names (a mapping),
+        adapters: adapter directories, PEFT's or zoo's, or runs, that apply one after the other. With names (a mapping),
             ``generate`` can choose among them.
         training: whether it will be trained: what can not do that is refused.
         fetch: revision, token and offline mode for downloads.
@@ -126,11 +127,12 @@ def _named(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> Mapping
     """Adapter directories by name, each checked before any work."""
     named = adapters if isinstance(adapters, Mapping) else {f"adapter-{i}": path for i, path in enumerate(adapters)}
     for directory in named.values():
-        check_adapter(Path(directory))
+        find_adapter(directory)
     return named
 
 
 def _with_adapters(lm: LanguageModel, directories: Mapping[str, str | Path]) -> LanguageModel:
+    lm.style = read_prompt_style(lm.checkpoint.directory)
     for name, directory in directories.items():
         lm.adapters.append(lm.load_adapter(directory, name=name))
     return lm
@@ -148,7 +150,7 @@ def _refuse_for_own(family: Family, *, attention: bool, quantize: bool, compiled
 
 def _open(model: str | Path, options: FetchOptions, registry: Registry, report: Callable[[str], None]) -> Checkpoint:
     found = resolve_model(str(model), registry, checkpoints=checkpoints_directory(), options=options, report=report)
-    return open_checkpoint(found.path, registry)
+    return open_checkpoint(trained_directory(found.path, "model", report), registry)
 
 
 def _choose_quantizer(

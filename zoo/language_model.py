@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from zoo.adapters.attach import AttachedAdapter
+from zoo.adapters.attach import AttachedAdapter, attached_to
 from zoo.adapters.switch import check_names, using, within
-from zoo.adapting import adapt, load_adapter
+from zoo.adapting import adapt, find_adapter, load_adapter
 from zoo.attention.base import AttentionBackend, AttentionRequest
 from zoo.convert.adapter_names import FamilyNames
 from zoo.convert.base import Checkpoint
@@ -30,6 +30,7 @@ from zoo.generate.speculative import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter
 from zoo.models.decoder import Decoder, decoder_of
 from zoo.spec import ModelSpec
 from zoo.text.chat import Message
+from zoo.text.prompts import PromptStyle, read_prompt_style
 from zoo.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -58,6 +59,10 @@ class LanguageModel:
     """Runs single tokens compiled."""
     adapters: list[AttachedAdapter] = field(default_factory=list)
     """Those that it was loaded with."""
+    style: PromptStyle | None = None
+    """How conversations become text, if not as the tokenizer's chat template says."""
+    adapter_styles: dict[str, PromptStyle] = field(default_factory=dict)
+    """The styles that its adapters were trained with, by their names; they outrank ``style``."""
 
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
@@ -87,7 +92,34 @@ class LanguageModel:
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take another tokenizer, or the same with another chat template; `save` writes it with the model."""
         self._tokenizer = tokenizer
-        self.checkpoint = replace(self.checkpoint, load_tokenizer=lambda: tokenizer)
+        self.checkpoint = self.checkpoint.with_tokenizer(tokenizer)
+
+    def use_style(self, style: PromptStyle) -> None:
+        """Render conversations so, whatever the adapters were trained with; `save` writes it with the model."""
+        self.style = style
+        self.adapter_styles.clear()
+
+    def style_with(self, adapter: str | Sequence[str] | None = None) -> PromptStyle | None:
+        """How conversations become text; ``None``: as the tokenizer's chat template says.
+
+        Args:
+            adapter: as for `generate`.
+
+        Raises:
+            InputError: two of the adapters were trained with different styles.
+        """
+        names = (adapter,) if isinstance(adapter, str) else adapter
+        if names is None:
+            names = [name for name, handle in attached_to(self.model).items() if handle.active or handle.merged]
+        found = {name: self.adapter_styles[name] for name in names if name in self.adapter_styles}
+        styles = {(style.template, style.stop): style for style in found.values()}
+        if len(styles) > 1:
+            told = ", ".join(f"{name} with {style.name}" for name, style in found.items())
+            raise InputError(
+                f"the adapters were trained with different prompt styles: {told}.",
+                fix="Choose one of the adapters, or give the style: use_style(...), --prompt-style or --chat-template.",
+            )
+        return next(iter(styles.values()), self.style)
 
     @property
     def decoder(self) -> Decoder:
@@ -116,15 +148,29 @@ class LanguageModel:
     def load_adapter(self, path: str | Path, *, name: str = "default", **options: Any) -> AttachedAdapter:
         """Put an adapter on the model that is on disk: `zoo.load_adapter`, by the family's names."""
         outside, base = self._outside, str(self.checkpoint.path)
-        return load_adapter(self.model, path, name=name, names=outside, base=base, **options)
+        notes: list[str] = []
+        found, given = find_adapter(path, notes.append)
+        handle = load_adapter(self.model, found, name=name, names=outside, base=base, **(given | options))
+        if (style := read_prompt_style(found)) is not None:
+            self.adapter_styles[name] = style
+            notes.append(f"conversations are rendered as in its training: prompt style {style.name}")
+        handle.notes += notes
+        return handle
 
     def save(self, directory: str | Path) -> Exported:
         """Write the model as it is now, merged adapters included, as a Hugging Face directory.
 
+        How conversations become text is part of it.
+
         Raises:
-            InputError: the directory is not empty, or an adapter is active and not merged.
+            InputError: the directory is not empty, an adapter is active and not merged, or as `style_with`.
         """
-        return export_model(from_model(self.model, self.checkpoint), Path(directory))
+        style = self.style_with()
+        checkpoint = self.checkpoint if style is None else self.checkpoint.with_style(style)
+        exported = export_model(from_model(self.model, checkpoint), Path(directory))
+        if style is not None:
+            style.save(Path(directory))
+        return exported
 
     @property
     def _outside(self) -> FamilyNames:
@@ -137,8 +183,15 @@ class LanguageModel:
         return Session(self.decoder, self.tokenizer, self.stop_ids, self.step)
 
     def conversation(self, *, system: str | None = None) -> Conversation:
-        """A new conversation."""
-        return Conversation(self.session(), system=system)
+        """A new conversation. Raises as `style_with`."""
+        tokenizer, stop = self._dialogue()
+        session = Session(self.decoder, tokenizer, self.stop_ids, self.step)
+        return Conversation(session, system=system, stop=stop)
+
+    def _dialogue(self, adapter: Sequence[str] | None = None) -> tuple[Tokenizer, Sequence[str]]:
+        """A tokenizer that renders conversations as the adapters were trained, and the strings that end a reply."""
+        style = self.style_with(adapter)
+        return (self.tokenizer, ()) if style is None else (style.on(self.tokenizer), style.stop)
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
@@ -228,10 +281,14 @@ class LanguageModel:
         **sampling: Any,
     ) -> Request:
         """A text to continue or a conversation to answer, for `run`. Options as for `generate`."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
-        room = max(1, self.spec.max_seq_len - len(ids))
         names = (adapter,) if isinstance(adapter, str) else adapter
         check_names(self.model, names or ())
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            tokenizer, ends = self._dialogue(names)
+            ids, stop = tokenizer.encode_chat(prompt), (*stop, *ends)
+        room = max(1, self.spec.max_seq_len - len(ids))
         return Request(
             prompt_ids=ids,
             max_new_tokens=min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens,
@@ -295,8 +352,10 @@ class LanguageModel:
         """
         if not messages:
             raise InputError("the conversation is empty.", fix='Give [{"role": "user", "content": "..."}].')
-        ids = self.tokenizer.encode_chat(messages)
+        tokenizer, stop = self._dialogue()
+        ids = tokenizer.encode_chat(messages)
         limit = max_new_tokens or max(1, self.spec.max_seq_len - len(ids))
         if self._session is None:
             self._session = self.session()
-        return self._session.reply(ids, max_new_tokens=limit, sampling=self.sampling(**sampling)).read().text
+        reply = self._session.reply(ids, max_new_tokens=limit, sampling=self.sampling(**sampling), stop=stop)
+        return reply.read().text

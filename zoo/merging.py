@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoo.adapting import default_registry, load_adapter
+from zoo.adapting import default_registry, find_adapter, load_adapter
 from zoo.attention.base import AttentionRequest, choose_attention
 from zoo.convert.adapter_names import FamilyNames
 from zoo.convert.base import Checkpoint
@@ -18,6 +18,7 @@ from zoo.convert.load import load_any
 from zoo.errors import InputError
 from zoo.models.decoder import decoder_of
 from zoo.registry import Registry
+from zoo.text.prompts import read_prompt_style
 
 _TOKENS = 64
 """On which merged and unmerged are compared."""
@@ -51,7 +52,7 @@ def merge_adapter(
     device: torch.device | str = "cpu",
     registry: Registry | None = None,
 ) -> Merged:
-    """Write ``checkpoint`` with an adapter in its weights as a Hugging Face directory.
+    """Write ``checkpoint`` with an adapter in its weights, and its prompt style, as a Hugging Face directory.
 
     Args:
         adapter: as `zoo.load_adapter` takes it.
@@ -70,10 +71,15 @@ def merge_adapter(
     model = load_any(checkpoint, backend, dtype=dtype, device=device)
     names = FamilyNames(checkpoint.family.keys, checkpoint.spec, checkpoint.family.model_type)
     handle = load_adapter(model, adapter, names=names, registry=registry)
+    style = read_prompt_style(find_adapter(adapter)[0])
+    if style is not None:
+        checkpoint = checkpoint.with_style(style)
     apart = _logits(model, checkpoint)
     handle.merge()
     merged = _logits(model, checkpoint)
     exported = export_model(from_model(model, checkpoint), destination)
+    if style is not None:
+        style.save(destination)
     same = int((apart.argmax(-1) == merged.argmax(-1)).sum())
     difference = (apart - merged).abs().max().item()
     return Merged(exported, dtype, difference, apart.abs().max().item(), same, apart.shape[0], tuple(handle.notes))

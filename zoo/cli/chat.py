@@ -40,16 +40,17 @@ def command(
     """Talk with a model. Ctrl-C stops an answer; Ctrl-D or /exit leaves."""
     import_torch()
     from zoo.generate.sampling import SamplingOptions
+    from zoo.text.prompts import PromptStyle
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     given = {name: options.pop(name) for name in names}
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})
     template = _read_template(chat_template)
     lm = load_from_options(app, model, **options)
-    if template is not None:
-        lm.tokenizer.config["chat_template"] = template
-    lm.tokenizer.render_chat([{"role": "user", "content": ""}])  # a model that can not chat says so now
+    if chat_template is not None:
+        lm.use_style(PromptStyle(chat_template.stem, template))
     chat = Terminal(lm, system, max_new_tokens, lm.sampling(**given), stop, stats)
+    chat.conversation.check()
     if prompt is not None:
         chat.answer(prompt)
     else:

@@ -35,25 +35,26 @@ def command(
 ) -> None:
     """Write MODEL with ADAPTER in its weights to OUT, a plain model directory.
 
-    MODEL is a registry name, a directory, a GGUF file or hf:org/name. ADAPTER is an adapter directory or file,
-    with what it does not say behind it: lora.pt,alpha=16.
+    MODEL is a registry name, a directory, a run, a GGUF file or hf:org/name. ADAPTER is an adapter directory, a run or
+    a file, with what it does not say behind it: lora.pt,alpha=16.
     Prints how far merging moves the logits: weights in bf16 round the update.
     """
     import_torch()
     import torch
 
+    from zoo.adapting import find_adapter
     from zoo.api import checkpoints_directory, choose_device
-    from zoo.convert.adapter_directory import check_adapter
     from zoo.convert.load import open_checkpoint
     from zoo.merging import merge_adapter
     from zoo.sources.base import FetchOptions
     from zoo.sources.resolve import resolve_model
+    from zoo.store.locate import trained_directory
 
-    check_adapter(adapter)  # before a download
+    find_adapter(adapter)  # before a download
     found = resolve_model(
         model, app.registry, checkpoints=checkpoints_directory(), options=FetchOptions(offline=offline), report=note
     )
-    checkpoint = open_checkpoint(found.path, app.registry)
+    checkpoint = open_checkpoint(trained_directory(found.path, "model", note), app.registry)
     merged = merge_adapter(
         checkpoint,
         adapter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 
 from zoo.cli.app import App, note, print_json
 from zoo.cli.torch_process import import_torch
+from zoo.runs.processes import is_first
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,11 +43,6 @@ def train(app: App, recipe: Recipe, *, resume: bool, dry_run: bool, as_json: boo
         return
     for line in outcome.lines():
         click.echo(line)
-
-
-def is_first() -> bool:
-    """Whether this is rank 0; others say nothing."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
 
 
 def make_display() -> Quiet:

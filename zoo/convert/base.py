@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,13 +11,27 @@ import torch
 from torch import Tensor
 
 from zoo.convert.safetensors import TensorSlot
-from zoo.errors import FileFormatError, InputError, ZooError
+from zoo.errors import FileFormatError, InputError, MissingTokenizerError, ZooError
 from zoo.families.base import Family, KeyMap, Rule
 from zoo.precision.quantization import QuantizedLinear, Quantizer, StoredWeight
 from zoo.registry import Registry
 from zoo.spec import ModelSpec
+from zoo.text.prompts import FILE_NAME as PROMPT_STYLE
+from zoo.text.prompts import PromptStyle
 from zoo.text.tokenizer import Tokenizer
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    PROMPT_STYLE,
+)
+"""What a model directory says about how text becomes ids."""
 _TRAINING = ("embed_dropout", "attn_dropout", "resid_dropout", "init_std")
 """Fields of a spec that no logit depends on."""
 
@@ -71,6 +85,19 @@ class Checkpoint:
     def directory(self) -> Path:
         """Where it lies, with its provenance."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Checkpoint:
+        """The same with another tokenizer, which is written in place of the files that came with the weights."""
+        kept = tuple(path for path in self.companions if path.name not in TOKENIZER_FILES)
+        return replace(self, load_tokenizer=lambda: tokenizer, companions=kept)
+
+    def with_style(self, style: PromptStyle) -> Checkpoint:
+        """The same with a style's chat template; files that say the same already are copied, as they say more."""
+        try:
+            tokenizer = self.load_tokenizer()
+        except MissingTokenizerError:
+            return self
+        return self if tokenizer.chat_template == style.template else self.with_tokenizer(style.on(tokenizer))
 
     def located(self) -> dict[str, Rule]:
         """The rule of every stored tensor that holds weights.

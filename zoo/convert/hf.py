@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from zoo.convert.base import Checkpoint, TensorReader, WriteOptions, Writing
+from zoo.convert.base import TOKENIZER_FILES, Checkpoint, TensorReader, WriteOptions, Writing
 from zoo.convert.hf_writer import INDEX, write_hf
 from zoo.convert.litgpt_config import looks_like_litgpt
 from zoo.convert.mingpt import looks_like_mingpt
@@ -21,19 +21,7 @@ from zoo.text.tokenizer import Tokenizer
 TORCH_INDEX = "pytorch_model.bin.index.json"
 QUANTIZED_WEIGHTS = "quantized.safetensors"
 """The weights of a directory that is `zoo.convert.quantized`'s."""
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt")
 """Files that a model carries besides its weights and config."""
 
 

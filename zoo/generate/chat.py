@@ -19,10 +19,11 @@ class Conversation:
     Args:
         session: answers on its cache, so a turn costs only its new tokens.
         system: the system message, if any.
+        stop: strings that end every answer.
     """
 
-    def __init__(self, session: Session, *, system: str | None = None) -> None:
-        self._session = session
+    def __init__(self, session: Session, *, system: str | None = None, stop: Sequence[str] = ()) -> None:
+        self._session, self._stop = session, tuple(stop)
         self.system = system
         self.turns: list[Message] = []
 
@@ -31,6 +32,14 @@ class Conversation:
         """All messages, the system one first."""
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.turns]
+
+    def check(self) -> None:
+        """See whether the model can chat at all.
+
+        Raises:
+            InputError: it has no chat template.
+        """
+        self._session.tokenizer.render_chat([{"role": "user", "content": ""}])
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
@@ -56,7 +65,7 @@ class Conversation:
                 fix="Start anew with /reset.",
             )
         limit = room if max_new_tokens is None else min(max_new_tokens, room)
-        reply = self._session.reply(prompt, max_new_tokens=limit, sampling=sampling, stop=stop)
+        reply = self._session.reply(prompt, max_new_tokens=limit, sampling=sampling, stop=(*self._stop, *stop))
         reply.pieces = self._recorded(asked, reply, reply.pieces)
         return reply
 

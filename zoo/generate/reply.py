@@ -118,6 +118,9 @@ class ReplyWriter:
     def __init__(self, request: Request, tokenizer: Tokenizer, reply: Reply) -> None:
         self._request = request
         self._reply = reply
+        # A special token is no part of the text, so it could not be found there.
+        special = [tokenizer.backend.token_to_id(text) for text in request.stop if text in tokenizer.marks]
+        self._stop_ids = request.stop_ids | set(special)
         self._decoder = tokenizer.stream()
         self._stopper = StopStrings(request.stop)
 
@@ -129,7 +132,7 @@ class ReplyWriter:
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now safe to show."""
         self._reply.ids.append(token)
-        if token in self._request.stop_ids:
+        if token in self._stop_ids:
             self._reply.finish_reason = "stop"
             return self._rest()
         piece = self._stopper.push(self._decoder.push(token))

@@ -100,8 +100,8 @@ def _texts(source: DataSource) -> list[str]:
 def windows(ids: NDArray[Any], before: Sequence[int], *, size: int, stride: int) -> Iterator[Encoded]:
     """A text in windows, in which each of its tokens is predicted once; without ``before``, each but the first.
 
-    The first window predicts all of its tokens, each later one the ``stride`` tokens that follow. What else it has room
-    for are the tokens before them, to be seen.
+    A window begins ``stride`` tokens after the one before, and predicts what that one did not; tokens that they have in
+    common are only seen.
 
     Args:
         ids: (T,); memory-mapped or not.
@@ -111,15 +111,14 @@ def windows(ids: NDArray[Any], before: Sequence[int], *, size: int, stride: int)
     """
     room = size + 1 - len(before)
     assert 1 <= stride <= room - (not before)
-    done, end = 0 if before else 1, room
+    start, done = 0, 0 if before else 1
     while done < len(ids):
-        end = min(end, len(ids))
-        start = max(0, end - room)
+        end = min(start + room, len(ids))
         window = np.concatenate([np.asarray(before, np.int32), np.asarray(ids[start:end], np.int32)])
         supervised = np.zeros(len(window), dtype=bool)
         supervised[len(before) + done - start :] = True
         yield Encoded(window, supervised)
-        done, end = end, end + stride
+        start, done = start + stride, end
 
 
 def n_windows(n_tokens: int, *, n_before: int, size: int, stride: int) -> int:

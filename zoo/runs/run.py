@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from zoo.api import choose_device
@@ -12,6 +11,7 @@ from zoo.registry import Registry
 from zoo.runs.assembly import Assembly
 from zoo.runs.directory import RunDirectory
 from zoo.runs.outcome import Display, Outcome
+from zoo.runs.processes import check_processes, others_run
 from zoo.store.fence import Fence
 from zoo.store.signals import StopSignals
 from zoo.train.launch import make_fabric
@@ -37,7 +37,8 @@ def run(
     if resume and (result := directory.finished()):
         display.say(f"{directory.path} is finished already: {result['ending']}.")
         return Outcome.of(directory.path, result)
-    if not dry_run and "LOCAL_RANK" not in os.environ:  # before other processes start
+    check_processes(recipe.devices, recipe.num_nodes)
+    if not dry_run and not others_run():  # else the first of them may have begun to write
         directory.check_same(recipe) if resume else directory.check_new()
     device = choose_device(recipe.device)
     fabric = make_fabric(recipe, device, _precision(recipe, registry))

@@ -59,7 +59,7 @@ def _newest(store: Path, kind: Kind, report: Callable[[str], None]) -> Path:
     if damaged:
         path, problems = max(damaged.items())
         raise FileFormatError(f"no step in {store} can be used: {path.name}: {problems[0]}.")
-    raise InputError(f"{store} holds no step yet.", fix="Wait until the run has saved one.")
+    raise InputError(f"{store} holds no step yet.", fix="Wait until the run has saved one, or has ended.")
 
 
 def _of_step(path: Path, kind: Kind) -> Path:

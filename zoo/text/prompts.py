@@ -85,6 +85,11 @@ class PromptStyle:
             today=self._day,
         )
 
+    def messages(self, sample: Sample) -> Sequence[Message]:
+        """The conversation of an example, as the template sees it."""
+        messages = sample.conversation
+        return _with_input(messages, sample.input) if self.splits_input and sample.input else messages
+
     def rendered(self, sample: Sample, tokenizer: Tokenizer) -> Rendered:
         """The text of an example, and where it is learnt.
 
@@ -95,9 +100,7 @@ class PromptStyle:
 
         if sample.text is not None:
             return Rendered(sample.text, [(0, len(sample.text))], bare=True, ends=True)
-        messages: Sequence[Message] = sample.conversation
-        if self.splits_input and sample.input:
-            messages = _with_input(messages, sample.input)
+        messages = self.messages(sample)
         marked = marks_replies(self._template)
         find = render_chat_with_replies if marked else find_replies
         text, replies = find(self._template, messages, special_tokens=tokenizer.special_tokens, today=self._day)

@@ -39,18 +39,32 @@ def set_activation_checkpointing(model: nn.Module, mode: Mode) -> int:
         InputError: it has no such list, or ``selective`` and the blocks have no feed-forward layer with a known name.
     """
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), partial) and module.__dict__["forward"].func is _again:
+        if (once := runs_again(module)) is not None:
             del module.__dict__["forward"]
+            replace_forward(module, once)
     if mode == "none":
         return 0
     blocks = list(blocks_of(model))
     chosen = blocks if mode == "block" else [_feed_forward(block) for block in blocks]
     for module in chosen:
-        module.__dict__["forward"] = partial(_again, module.forward)
+        replace_forward(module, partial(again, module.forward))
     return len(chosen)
 
 
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have one module compute with another ``forward``; with its own, if it is that of its class."""
+    if getattr(forward, "__self__", None) is not module:
+        module.__dict__["forward"] = forward
+
+
+def runs_again(module: nn.Module) -> Callable[..., Any] | None:
+    """What a module computes again, if it does."""
+    forward = module.__dict__.get("forward")
+    return forward.args[0] if isinstance(forward, partial) and forward.func is again else None
+
+
+def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``forward`` computes; it keeps its arguments alone, and runs again in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)

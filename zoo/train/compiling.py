@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 
 from zoo.models.attention import Attention
-from zoo.train.activation_checkpointing import blocks_of
+from zoo.train.activation_checkpointing import again, blocks_of, replace_forward, runs_again
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     """Compile each block of a model in place, at its first call: half a minute, unless a cache on disk has it.
 
     Names and the state dict stay as they are. What attention backends do is left out: their own kernels are faster than
@@ -24,5 +24,7 @@ def compile_blocks(model: nn.Module) -> None:
         if isinstance(module, Attention):
             module.__dict__["attended"] = torch.compiler.disable(module.attended)
     for block in blocks_of(model):
-        compiled: Any = block
-        compiled.compile(dynamic=True)
+        once = runs_again(block)
+        compiled = torch.compile(once or block.forward, dynamic=True, backend=backend)
+        # A graph that breaks can not be computed again from inside, so checkpointing goes around it.
+        replace_forward(block, compiled if once is None else partial(again, compiled))

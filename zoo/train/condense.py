@@ -94,6 +94,7 @@ def condense(batch: Batch, *, share: bool = True) -> Condensed:
     """
     sequences = list(_sequences(batch))
     # Sorted, each sequence shares with the one before it as much as with any that came earlier.
+    sequences.sort(key=lambda sequence: sequence.tokens.tobytes())
     n_tokens = 0
     before = None
     for sequence in sequences:
@@ -141,32 +142,47 @@ def _part(tokens: Ints, positions: Ints, targets: Ints, part: slice) -> _Sequenc
     return _Sequence(tokens[part], positions[part], targets[part], np.empty(part.stop - part.start, np.int64))
 
 
+@dataclass(eq=False)
+class _Group:
+    """Sequences of which none asks for more than twice as many tokens as another, or as are its own."""
+
+    members: list[_Sequence]
+    n_known: int
+    fewest: int
+    most: int
+
+    def take(self, one: _Sequence) -> bool:
+        """Take a sequence in, if it fits; those that know less have come before."""
+        n_asked = len(one.index) - self.n_known
+        fewest, most = min(self.fewest, n_asked), max(self.most, n_asked)
+        if 2 * fewest < most or 2 * (one.n_known - self.n_known) > n_asked:
+            return False
+        self.members.append(one)
+        self.fewest, self.most = fewest, most
+        return True
+
+
+def _groups(sequences: Sequence[_Sequence]) -> list[_Group]:
+    groups: list[_Group] = []
+    asking = [one for one in sequences if one.n_known < len(one.index)]
+    for one in sorted(asking, key=lambda one: one.n_known):
+        if not any(group.take(one) for group in groups):
+            n_asked = len(one.index) - one.n_known
+            groups.append(_Group([one], one.n_known, n_asked, n_asked))
+    return groups
+
+
 def _rows(sequences: Sequence[_Sequence], n_tokens: int) -> Rows:
-    groups: list[RowGroup] = []
+    made: list[RowGroup] = []
     places = np.empty(n_tokens, np.int64)
     offset = 0
-    for members in _alike(sequences):
-        n_known = min(one.n_known for one in members)
-        n_asked = max(len(one.index) for one in members) - n_known
-        width = n_known + n_asked + -n_asked % _ROUND
-        index = np.zeros((len(members), width), np.int64)
-        for r, one in enumerate(members):
+    for group in _groups(sequences):
+        n_asked = group.most + -group.most % _ROUND
+        index = np.zeros((len(group.members), group.n_known + n_asked), np.int64)
+        for r, one in enumerate(group.members):
             index[r, : len(one.index)] = one.index
-            asked = one.index[n_known:]
-            places[asked] = offset + r * (width - n_known) + np.arange(len(asked))
-        groups.append(RowGroup(torch.from_numpy(index), n_known))
-        offset += len(members) * (width - n_known)
-    return Rows(tuple(groups), _rounded(places))
-
-
-def _alike(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
-    """Sequences of which no more than half is padding, or known and asked for all the same, if they are one group."""
-    groups: list[list[_Sequence]] = []
-    for one in sorted(sequences, key=lambda one: (len(one.index), one.n_known), reverse=True):
-        for group in groups:
-            if 2 * len(one.index) >= len(group[0].index) and 2 * one.n_known >= group[0].n_known:
-                group.append(one)
-                break
-        else:
-            groups.append([one])
-    return groups
+            asked = one.index[group.n_known :]
+            places[asked] = offset + r * n_asked + np.arange(len(asked))
+        made.append(RowGroup(torch.from_numpy(index), group.n_known))
+        offset += len(group.members) * n_asked
+    return Rows(tuple(made), _rounded(places))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from zoo.errors import InputError, ZooError
+from zoo.errors import InputError
 
 _FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 _HALF = (torch.bfloat16, torch.float16)
@@ -143,18 +143,12 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return total
 
 
-def check_finite(named_parameters: Iterable[tuple[str, Tensor]], *, step: int, loss: float) -> None:
-    """Look for a gradient that is infinite or no number; call it when the norm of all is not finite.
-
-    Raises:
-        ZooError: there is one; the message names the first.
-    """
+def first_not_finite(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Of the first gradient that is not finite, a name and how much of it; for when the norm of all is not finite."""
     for name, parameter in named_parameters:
-        gradient = parameter.grad
-        if gradient is not None and not bool(torch.isfinite(gradient).all()):
-            n_wrong = int((~torch.isfinite(gradient)).sum())
-            raise ZooError(
-                f"step {step}: the gradient of {name} is not finite in {n_wrong} of {gradient.numel()} values "
-                f"(loss {loss:g}).",
-                fix="Lower lr, warm up longer, or take a precision with more range: bf16-true or 32-true.",
-            )
+        if parameter.grad is None:
+            continue
+        n_wrong = int((~torch.isfinite(parameter.grad)).sum())
+        if n_wrong:
+            return f"{name} ({n_wrong} of {parameter.numel()} values)"
+    return None
