@@ -63,7 +63,7 @@ def sbatch(arguments: Sequence[str]) -> int:
     output = given["output"].replace("%x", given["job-name"]).replace("%j", job)
     for count in range(9):
         counted = variables | ({"SLURM_RESTART_COUNT": str(count)} if count else {})
-        with open(output, "a" if given.get("open-mode") == "append" else "w") as file:
+        with Path(output).open("a" if given.get("open-mode") == "append" else "w") as file:
             done = subprocess.run(
                 ["bash", script], env={**os.environ, **counted}, stdout=file, stderr=file, check=False, timeout=LONGEST
             )
@@ -71,7 +71,7 @@ def sbatch(arguments: Sequence[str]) -> int:
         if not (STATE / "requeued").exists():
             break
         (STATE / "requeued").unlink()
-    print(f"Submitted batch job {job}")
+    sys.stdout.write(f"Submitted batch job {job}\n")
     return 0
 
 
@@ -90,7 +90,7 @@ def srun(arguments: Sequence[str]) -> int:
         path, _, text = os.environ["STAND_IN_UNTIL"].partition("|")
         until = time.monotonic() + LONGEST
         while time.monotonic() < until and all(task.poll() is None for task in tasks):
-            if os.path.exists(path) and re.search(text, Path(path).read_text()):
+            if Path(path).exists() and re.search(text, Path(path).read_text()):
                 for task in tasks if os.environ["STAND_IN_SIGNAL"] else ():
                     task.send_signal(signal.Signals[f"SIG{os.environ['STAND_IN_SIGNAL']}"])
                 break
@@ -106,11 +106,12 @@ NODE = {"SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
 def scontrol(arguments: Sequence[str]) -> int:
     """Show a job, or note that it is to be requeued."""
     if arguments[0] == "show":
-        print(f"JobId={arguments[2]} JobName=x\n   JobState={os.environ.get('STAND_IN_STATE', 'RUNNING')} Reason=None")
+        state = os.environ.get("STAND_IN_STATE", "RUNNING")
+        sys.stdout.write(f"JobId={arguments[2]} JobName=x\n   JobState={state} Reason=None\n")
         return 0
     assert arguments == ["requeue", os.environ["SLURM_JOB_ID"]]
     if os.environ["STAND_IN_REQUEUE"] != "True":
-        print("Requested operation is presently disabled for job", file=sys.stderr)
+        sys.stderr.write("Requested operation is presently disabled for job\n")
         return 1
     (STATE / "requeued").touch()
     return 0

@@ -130,6 +130,17 @@ def error_on_rank_1(fence: Fence) -> Any:
 
 
 @case
+def error_on_rank_1_right_after_a_call(fence: Fence) -> Any:
+    """The others have waited for it, and look at the store less often by then."""
+    if fence.rank == 1:
+        time.sleep(0.6)
+    said = step(fence, 0, fence.rank)
+    if fence.rank == 1:
+        raise ValueError("a sample without tokens")
+    return said
+
+
+@case
 def sigterm_on_rank_1(fence: Fence) -> Any:
     with StopSignals() as signals:
         for number in range(100):

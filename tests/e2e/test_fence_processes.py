@@ -102,6 +102,7 @@ SURVIVABLE = [
     "one_step_more_on_rank_0",
     "fails_on_rank_1",
     "error_on_rank_1",
+    "error_on_rank_1_right_after_a_call",
     "sigterm_on_rank_1",
     "rank_1_holds_the_lock",
     "forked_process_leaves",
@@ -216,6 +217,12 @@ def test_the_error_of_one_rank_reaches_all(launched: Cases) -> None:
     records = launched["error_on_rank_1"]
     all_raise(without(1, records), "rank 1 ended with an error", "ValueError: a sample without tokens", "in error_on_")
     assert records[1]["error"] == "ValueError", "the rank itself keeps its error"
+
+
+def test_a_call_that_all_have_made_counts(survived: Cases) -> None:
+    """Guards against the error of a rank that was faster hiding what this call told to all, such as a full disk."""
+    records = without(1, survived["error_on_rank_1_right_after_a_call"])
+    assert [record["result"] for record in records.values()] == [[0, 1, 2]] * 2, records
 
 
 def test_a_failure_is_told_to_all(survived: Cases) -> None:

@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def data(model: Path) -> Path:
     return path
 
 
-def zoo(*arguments: object, code: int = 0, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+def zoo(
+    *arguments: object, code: int = 0, cwd: Path | None = None, environment: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zoo", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**FAST, **more}, check=False, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, env={**FAST, **environment}, check=False, cwd=cwd)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -74,7 +77,7 @@ def test_a_job_goes_on_until_it_is_done(model: Path, data: Path, tmp_path: Path)
     stand_in = slurm_stand_in.install(tmp_path / "slurm")
     stand_in |= {"STAND_IN_UNTIL": f'{out / "metrics.jsonl"}|"step": 6,', "STAND_IN_JOB": job_number()}
     done = zoo("slurm", "--ntasks-per-node", 2, "--output", tmp_path / "said-%j.txt", "--submit",
-               "--", *training, "--out", out, cwd=tmp_path, **stand_in)  # fmt: skip
+               "--", *training, "--out", out, cwd=tmp_path, environment=stand_in)  # fmt: skip
     assert f"Submitted batch job {stand_in['STAND_IN_JOB']}" in done.stdout
     assert slurm_stand_in.calls(tmp_path / "slurm", "tasks") == [["75", "75"], ["0", "0"]]
     assert slurm_stand_in.calls(tmp_path / "slurm", "ended") == [["75"], ["0"]]
@@ -147,22 +150,22 @@ def test_lines_of_setup_are_run(script: str, tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "a b"
 
 
-@pytest.mark.parametrize(
-    ("environment", "options", "said"),
-    [
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, (), "srun starts 2 processes"),
-        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "mine"}, ("--devices", 2), "srun did not start it"),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}, (), "torchrun starts 2 processes"),
-    ],
-)
-def test_processes_that_do_not_fit(
-    environment: dict[str, str], options: tuple[object, ...], said: str, model: Path, data: Path, tmp_path: Path
-) -> None:
-    """Guards against two processes that each do a whole run in one directory, and against waiting for none."""
+def test_processes_that_do_not_fit(model: Path, data: Path, tmp_path: Path) -> None:
+    """Guards against processes that each do a whole run, in one directory."""
+    environment = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     base = ("finetune", model, "--data", data, *TRAINING, "--out", tmp_path / "run")
-    done = zoo(*base, *options, code=2, **environment)
-    assert said in done.stderr
+    done = zoo(*base, code=2, environment=environment)
+    assert "srun starts 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_pretraining(tmp_path: Path) -> None:
+    """Guards the other command, and the run's directory where the command names none."""
+    command = ("pretrain", "gpt2", "--data", "x", "--tokenizer", "char", "--max-steps", 5)
+    printed = zoo("slurm", "--nodes", 2, "--gpus-per-node", 2, "--", *command, cwd=tmp_path).stdout
+    assert f"{' '.join(map(str, command))} --out runs/pretrain-gpt2 --devices 2 --num-nodes 2)" in printed
+    assert "\nrun=runs/pretrain-gpt2\n" in printed
+    assert "--job-name=pretrain-gpt2\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_bad_input(
 ) -> None:
     """Guards against a job that waits for hours in a queue to fail at once."""
     (tmp_path / "file").touch()
-    done = zoo("slurm", *options, "--", *command, code=code, cwd=tmp_path, PATH="/usr/bin:/bin")
+    done = zoo("slurm", *options, "--", *command, code=code, cwd=tmp_path, environment={"PATH": "/usr/bin:/bin"})
     assert said in done.stderr
     assert not done.stdout
     assert "Traceback" not in done.stderr
@@ -205,8 +208,8 @@ def test_sbatch_refuses(tmp_path: Path) -> None:
     """Guards the message of sbatch, which says what is wrong with a partition or an account."""
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
-    path = f"{tmp_path}:{CLEAN['PATH']}"
-    done = zoo("slurm", "--submit", "--", "finetune", "gpt2", "--data", "x", code=1, cwd=tmp_path, PATH=path)
+    path = {"PATH": f"{tmp_path}:{CLEAN['PATH']}"}
+    done = zoo("slurm", "--submit", "--", "finetune", "gpt2", "--data", "x", code=1, cwd=tmp_path, environment=path)
     assert "sbatch refuses the job: invalid partition" in done.stderr
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load  # type: ignore[attr-defined]
 
 from tests.e2e.sharded_worker import Net
 

@@ -52,7 +52,7 @@ def run(body: str, *sent: signal.Signals) -> tuple[int, list[str], str]:
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
-        lines = []
+        lines: list[str] = []
         for number in sent:
             if lines:
                 time.sleep(1.2)  # what comes sooner counts as the first once more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,7 +87,7 @@ RUN_OPTIONS = (
 )
 
 
-def recipe_options(*groups: dict[str, Callable[[F], F]]) -> Callable[[F], F]:
+def recipe_options(*groups: Mapping[str, Callable[[Any], Any]]) -> Callable[[F], F]:
     """The flags of these groups, and those of every run."""
 
     def decorate(function: F) -> F:
