@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := smollm2-135m-instruct
+STRESS := tests/unit/test_store_verify.py $(addprefix tests/e2e/test_,store_kill.py store_ranks.py store_sharded.py \
+	store_hangs.py docs_checkpoints.py)
 
-.PHONY: demo test lint clean
+.PHONY: demo test stress lint clean
 
 demo: $(VENV)/.installed
 	@echo "== downloading the demo model"
@@ -26,6 +28,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	-$(BIN)/python -m zoo download $(DEMO)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The long forms of the tests that kill, corrupt, interrupt and reshard: an hour of a small machine rather than a minute.
+stress: $(VENV)/.installed-dev
+	ZOO_STRESS=1 $(BIN)/python -m pytest $(STRESS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

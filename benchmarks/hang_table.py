@@ -56,10 +56,10 @@ class Cell:
     ranks: list[dict[str, Any]]
     file: str
 
-    def short(self) -> str:
+    def short(self, is_fault: bool) -> str:
         """For the table."""
         if all(rank["how"] == "went on" for rank in self.ranks):
-            return f"**{self.file}**" if self.file else "**nobody is told**"
+            return f"**{self.file}**" if self.file else "**nobody is told**" if is_fault else "fine"
         groups: dict[str, list[int]] = {}
         for number, rank in enumerate(self.ranks):
             groups.setdefault(rank["how"], []).append(number)
@@ -124,7 +124,7 @@ def wrong_in_file(directory: Path) -> str:
 def first_line(message: str) -> str:
     """The first line, without what differs between machines and runs."""
     line = next(iter(message.splitlines()), "")
-    return re.sub(r"\[[\d.]+\]:\d+", "PEER", line.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", ""))
+    return re.sub(r"\[[\d.]+\]:\d+", "PEER", line.replace(f"{sys.prefix}/", "").replace(f"{ROOT}/", ""))
 
 
 def main() -> None:
@@ -162,13 +162,13 @@ def print_table(cases: Sequence[str], found: dict[tuple[str, int], Cell]) -> Non
     print(f"| | {' | '.join(heads)} |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for case in cases:
-        cells = [found[case, n].short() if (case, n) in found else "" for n in range(len(COLUMNS))]
+        cells = [found[case, n].short(case not in BARE_ONLY) if (case, n) in found else "" for n in range(len(COLUMNS))]
         print(f"| {CASES[case]} | {' | '.join(cells)} |")
 
 
 def print_messages(cases: Sequence[str], found: dict[tuple[str, int], Cell]) -> None:
     """The first line of what each process said, where there were two of them."""
-    print("\nThe first line that each process said, of two:\n\n```")
+    print("\nThe first line that each process said, of two:\n\n```", end="")
     for case in cases:
         print(f"\n{CASES[case]}".replace("`", ""))
         who: dict[str, list[str]] = {}

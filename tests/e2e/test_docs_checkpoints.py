@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOREVER = 10**7
 LIMIT = 120.0
 SAVE_EVERY = 100
+INTERRUPTIONS = 10 if os.environ.get("ZOO_STRESS") == "1" else 1
 
 
 def script(directory: Path) -> Path:
@@ -81,33 +82,45 @@ def files(path: Path, step: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_stopped_killed_and_started_again_it_ends_with_the_bits_of_one_run(world: int, tmp_path: Path) -> None:
-    """Guards against a signal that one rank alone acts on, and against any state that a resumed run has not."""
-    path = script(tmp_path / "interrupted")
+def stop(path: Path, world: int, after: int) -> int:
+    """Start, ask one rank to stop, and return the step that was saved then."""
     with started(path, world, FOREVER) as process:
-        wait_for_step(path, SAVE_EVERY, process)
-        victim = children(process.pid)[0] if world == 2 else process.pid
-        os.kill(victim, signal.SIGTERM)
+        wait_for_step(path, after + SAVE_EVERY, process)
+        os.kill(children(process.pid)[0] if world == 2 else process.pid, signal.SIGTERM)
         out, errors = process.communicate(timeout=LIMIT)
     stopped = steps(path)[-1]
     assert (process.returncode, out) == (0, f"stopped by a signal after {stopped}\n"), errors
-    assert stopped >= SAVE_EVERY
+    assert stopped >= after + SAVE_EVERY
+    return stopped
 
+
+def kill(path: Path, world: int, after: int) -> int:
+    """Start, kill rank 0, and return the newest step."""
     with started(path, world, FOREVER) as process:
-        wait_for_step(path, stopped + SAVE_EVERY, process)
+        wait_for_step(path, after + SAVE_EVERY, process)
         process.kill()
         _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == -signal.SIGKILL
     assert world == 1 or "rank 0 is gone" in errors
-    newest = steps(path)[-1]
-    assert newest > stopped and newest % SAVE_EVERY == 0
+    return steps(path)[-1]
 
-    assert finish(path, world, newest + 50) == f"finished {newest + 50}\n"
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("world", [1, 2])
+def test_stopped_killed_and_started_again_it_ends_with_the_bits_of_one_run(world: int, tmp_path: Path) -> None:
+    """Guards against a signal that one rank alone acts on, and against any state that a resumed run has not."""
+    path = script(tmp_path / "interrupted")
+    newest = 0
+    for _ in range(INTERRUPTIONS):
+        stopped = stop(path, world, newest)
+        newest = kill(path, world, stopped)
+        assert newest > stopped and newest % SAVE_EVERY == 0
+    end = newest + 50
+    assert finish(path, world, end) == f"finished {end}\n"
     straight = script(tmp_path / "straight")
-    finish(straight, world, newest + 50)
-    assert files(path, newest + 50) == files(straight, newest + 50)
-    assert {name for name in files(path, newest + 50) if name.endswith("safetensors")} == {
+    finish(straight, world, end)
+    assert files(path, end) == files(straight, end)
+    assert {name for name in files(path, end) if name.endswith("safetensors")} == {
         "model/model.safetensors",
         "state/shared.safetensors",
         *(f"state/rank-{rank:05d}.safetensors" for rank in range(world)),

@@ -23,6 +23,8 @@ from zoo.data.prepare import prepare_corpus
 from zoo.data.pretraining import PretrainingData
 from zoo.data.token_file import TokenFile
 from zoo.errors import FileFormatError, InputError, ZooError
+from zoo.generate.reply import Request
+from zoo.generate.sampling import SamplingOptions
 from zoo.language_model import LanguageModel
 from zoo.registry import Registry
 from zoo.runs.evaluation import Evaluation, evaluate
@@ -263,6 +265,32 @@ def _talk(*said: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 
+@pytest.mark.parametrize("style", ["plain", "alpaca", "chatml", "model"])
+def test_prompts_are_those_of_training(
+    style: str, tmp_path: Path, registry: Registry, run: Callable[..., Evaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against questions that are put in other tokens than the ones that the answers were learnt after."""
+    reference.save_tiny_chat_model(tmp_path / "model", max_position_embeddings=400)
+    lm = load(tmp_path / "model", precision="32-true", device="cpu", registry=registry)
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "Hello"}]
+    asked: list[Request] = []
+
+    def note(requests: Sequence[Request], **options: Any) -> Any:
+        asked.extend(requests)
+        return iter(())
+
+    monkeypatch.setattr(lm, "run", note)
+    run(rows, on=lm, prompt_style=style, exact_match=True)
+    chosen = choose_prompt_style(style, lm.tokenizer, registry)
+    loaded = load_samples(resolve_data(str(tmp_path / "rows.jsonl"), registry), val_fraction=0.0)
+    trained = encode_samples(loaded.train, chosen, lm.tokenizer).sequences
+    prompts = [one.ids[: int(one.supervised.argmax())].tolist() for one in trained]
+    assert [request.prompt_ids for request in asked] == prompts
+    ends = {"plain": "<eos>", "alpaca": "<eos>", "chatml": "<|im_end|>", "model": "<eos>"}
+    assert all(request.stop == (ends[style],) and request.stop_ids == {257} for request in asked)
+    assert all(request.sampling == SamplingOptions(temperature=0.0) for request in asked)
+
+
 def test_an_answer_that_is_cut_off_is_not_right(taught: LanguageModel, run: Callable[..., Evaluation]) -> None:
     """Guards against the beginning of a longer answer that passes for a short one."""
     rows = [{"prompt": "red?", "completion": " r"}]
@@ -284,10 +312,12 @@ def test_the_validation_set_is_taken(run: Callable[..., Evaluation], tmp_path: P
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    (folder / "val.jsonl").write_text('{"prompt": "cc", "completion": "d"}\n')
+    rows = [_talk("cc", "d"), _talk("nobody answers")]
+    (folder / "val.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     found = run(folder, prompt_style="plain")
     assert found.nats == pytest.approx(nats_of(theirs, [*_bytes(b"ccd"), 257], 2), rel=1e-5)
     assert "its validation set" in found.data
+    assert found.left_out == "1 without anything to learn"
     rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "cc", "completion": "dd"}]
     first = run(rows, max_samples=2, prompt_style="plain")
     assert (first.n_tokens, first.n_bytes) == (4, 2)

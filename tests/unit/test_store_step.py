@@ -114,8 +114,8 @@ def test_it_sees_to_a_save_in_the_background(tmp_path: Path) -> None:
     def work(ranks: ThreadRanks) -> int:
         with CheckpointStore(tmp_path, fence=ranks, background=True) as store:
             store.save(0, {"rank": ranks.rank})
-            step = 0
-            while store._work is not None:
+            step, until = 0, time.monotonic() + 60
+            while store._work is not None and time.monotonic() < until:
                 step += 1
                 store.step(step)
             assert [found.step for found in store.list()] == [0]

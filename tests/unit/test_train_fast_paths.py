@@ -150,13 +150,11 @@ def test_norm_keeps_no_copy_in_float32() -> None:
 
 
 def test_sums_over_rows_are_float32() -> None:
-    """Guards against sums in bfloat16, where 1 + 256 ones are 256."""
-    x = torch.zeros(1, 2, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    spread(x, torch.zeros(257, 1, dtype=torch.long)).sum().backward()
-    assert x.grad is not None and x.grad.flatten().tolist() == [256.0, 0.0]
+    """Guards against sums in bfloat16, where 256 + 1 is 256."""
+    x = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16, requires_grad=True)
     y = spread(x, torch.zeros(300, 1, dtype=torch.long))
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert grad.flatten().tolist() == [300.0, 0.0]
+    assert grad[0, 0].unique().tolist() == [300.0] and not grad[0, 1].any()
 
 
 def test_lora_in_the_dtype_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

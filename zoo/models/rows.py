@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,23 +54,5 @@ class Rows:
 
 
 def spread(x_1SKH: Tensor, index_RL: Tensor) -> Tensor:
-    """Tokens where they stand in rows, (R, L, K, H)."""
-    spread_: Tensor = _Spread.apply(x_1SKH, index_RL)  # type: ignore[no-untyped-call]
-    return spread_
-
-
-class _Spread(torch.autograd.Function):
-    """The gradient of a token is the sum over its places, in float32: bfloat16 would round after each of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x_1SKH: Tensor, index_RL: Tensor) -> Tensor:
-        ctx.save_for_backward(index_RL)
-        ctx.n_tokens = x_1SKH.shape[1]
-        return x_1SKH[0].index_select(0, index_RL.flatten()).unflatten(0, index_RL.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RLKH: Tensor) -> tuple[Tensor, None]:
-        (index_RL,) = ctx.saved_tensors
-        sums = grad_RLKH.new_zeros((ctx.n_tokens, *grad_RLKH.shape[2:]), dtype=torch.float32)
-        sums.index_add_(0, index_RL.flatten(), grad_RLKH.flatten(0, 1).float())
-        return sums.to(grad_RLKH.dtype)[None], None
+    """Tokens where they stand in rows, (R, L, K, H). The gradient of each is the sum over its places."""
+    return x_1SKH[0].index_select(0, index_RL.flatten()).unflatten(0, index_RL.shape)

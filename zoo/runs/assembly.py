@@ -90,7 +90,7 @@ class Assembly:
         lm = trained.lm
         data = finetuning_data(self.recipe, lm.tokenizer, lm.spec.max_seq_len, self.registry, self.display.say)
         assert data.style is not None
-        lm.use_tokenizer(data.style.on(lm.tokenizer))
+        lm.use_style(data.style)
         return trained, data
 
     def _pretraining(self, dry_run: bool) -> tuple[Trained, RunData]:
@@ -198,7 +198,7 @@ class Assembly:
             whole = build_trained(recipe, trained.lm.tokenizer, self.registry)
         else:
             whole = load_trained(recipe, self.registry, self.display.say)
-            whole.lm.use_tokenizer(trained.lm.tokenizer)
+            whole.lm.style = trained.lm.style
         whole.handle.load_state_dict(state)
         return whole
 

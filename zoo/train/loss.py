@@ -62,7 +62,7 @@ def supervised_loss(model: nn.Module, batch: Batch | Condensed, *, chunk_size: i
         assert isinstance(batch, Batch), "a module with a forward of its own takes whole batches"
         return _loss_of_logits(model, batch)
     hidden_MD, targets_M = _supervised(model, batch)
-    return _head_loss(model, hidden_MD, targets_M, chunk_size), batch.n_supervised
+    return head_loss(model, hidden_MD, targets_M, chunk_size), batch.n_supervised
 
 
 def _loss_of_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -117,7 +117,8 @@ def _has_dropout(model: nn.Module) -> bool:
     return any(map(active, model.modules()))
 
 
-def _head_loss(model: GPT, hidden_MD: Tensor, targets_M: Tensor, chunk_size: int | None) -> Tensor:
+def head_loss(model: GPT, hidden_MD: Tensor, targets_M: Tensor, chunk_size: int | None = None) -> Tensor:
+    """The summed loss of what the head gets (M, D); see `supervised_loss`."""
     head = model.head
     if chunk_size is None:
         chunk_size = _even_chunks(hidden_MD, model.spec.vocab_size)

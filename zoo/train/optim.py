@@ -88,7 +88,7 @@ class MasterAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["master"] = parameter.detach().clone().float()
+            state["master"] = parameter.detach().float()  # of a float32 parameter, itself
             state["exp_avg"] = torch.zeros_like(state["master"])
             state["exp_avg_sq"] = torch.zeros_like(state["master"])
         assert parameter.grad is not None
