@@ -71,7 +71,6 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "recipe.yaml:3: no key of a recipe is named 'batch_sise'. Did you mean 'batch_size'?" in message
     assert "recipe.yaml:4: epochs: input should be greater than 0, not -1." in message
-    assert "recipe.yaml:5: adapter.use is missing" in message
     assert "--set schedule=3: " in message
     assert "out is missing: give --out." in message
 
