@@ -16,6 +16,8 @@ import pytest
 
 from tests import reference, slurm_stand_in
 from zoo.train.metrics import MEASURED
+from zoo.train.recipe import Recipe, Use
+from zoo.train.recipe_file import write_recipe
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "STAND_IN"))}
 FAST = {**CLEAN, "OMP_NUM_THREADS": "1"}
@@ -215,11 +217,12 @@ def test_sbatch_refuses(tmp_path: Path) -> None:
 
 def test_another_recipe_in_the_same_run(model: Path, data: Path, tmp_path: Path) -> None:
     """Guards against a job that would find out in the queue that its run was begun with other options."""
-    from zoo.train.recipe import Recipe
-    from zoo.train.recipe_file import write_recipe
-
     (tmp_path / "run").mkdir()
     write_recipe(Recipe(model="gpt2", data="x", out="run", lr=0.5), tmp_path / "run" / "recipe.yaml")
     base = ("slurm", "--", "finetune", "gpt2", "--data", "x", "--out", "run")
     assert "lr was 0.5 and is None" in zoo(*base, code=2, cwd=tmp_path).stderr
     assert "--resume" in zoo(*base, "--lr", 0.5, cwd=tmp_path).stdout
+    (tmp_path / "pre").mkdir()
+    whole = Recipe(task="pretrain", model="gpt2", data="x", out="pre", max_steps=5, adapter=Use(use="full"))
+    write_recipe(whole, tmp_path / "pre" / "recipe.yaml")
+    zoo("slurm", "--", "pretrain", "gpt2", "--data", "x", "--out", "pre", "--max-steps", 5, cwd=tmp_path)

@@ -45,6 +45,8 @@ MESSAGES = {
     "rank_1_is_in_an_all_reduce": ["rank 1 did not come within 3 s", "Rank 1 is in all_reduce", COLLECTIVE],
 }
 """What every surviving rank says."""
+STUCK = {"only_rank_0_saves_before_a_barrier": {1, 2}, "rank_1_is_in_an_all_reduce": {1}}
+"""Ranks in a collective, which a thread has to end: elsewhere their peers' exit may not reach them."""
 TOGETHER = list(MESSAGES)[:7]
 """Cases that one start of the processes goes through; the last one ends them."""
 
@@ -91,11 +93,10 @@ def check(case: str, ranks: list[Ending]) -> None:
         if VICTIMS.get(case) == rank:
             assert ending.how == "killed"
             continue
-        assert ending.how in ("raised", "ended"), (rank, ending)
+        assert ending.how == ("ended" if rank in STUCK.get(case, ()) else "raised"), (rank, ending)
         assert ending.seconds < SOON + LOADED
         missing = [text for text in expected if text not in f"{ending.error}: {ending.message}"]
         assert not missing, (rank, ending)
-    assert any(ending.how == "raised" for ending in ranks)
 
 
 @pytest.mark.parametrize(("strategy", "world"), GROUPS)
