@@ -312,8 +312,8 @@ def test_the_validation_set_is_taken(run: Callable[..., Evaluation], tmp_path: P
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    rows = [_talk("cc", "d"), _talk("nobody answers")]
-    (folder / "val.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    talks = [_talk("cc", "d"), _talk("nobody answers")]
+    (folder / "val.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     found = run(folder, prompt_style="plain")
     assert found.nats == pytest.approx(nats_of(theirs, [*_bytes(b"ccd"), 257], 2), rel=1e-5)
     assert "its validation set" in found.data
