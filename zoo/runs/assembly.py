@@ -77,7 +77,7 @@ class Assembly:
         module = SupervisedLoss(trained.lm.model)
         set_activation_checkpointing(trained.lm.model, recipe.activation_checkpointing)
         if self.is_first:
-            found = preflight(recipe, trained, data, limits, module)
+            found = preflight(recipe, trained, data, limits, module, self.fabric.autocast)
             self.display.preflight(found)
         if dry_run:
             return Outcome(directory.path, "a dry run: nothing was trained")

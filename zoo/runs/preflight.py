@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase as fnmatch
 
@@ -40,8 +41,15 @@ class NoGradientError(ZooError):
     """A parameter that is to be trained has no effect on the loss."""
 
 
-def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, module: SupervisedLoss) -> Preflight:
-    """Look at everything, and prove that what is to be trained learns.
+def preflight(
+    recipe: Recipe,
+    trained: Trained,
+    data: RunData,
+    limits: Limits,
+    module: SupervisedLoss,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Preflight:
+    """Look at everything, prove that what is to be trained learns, and time a micro-batch.
 
     Raises:
         NoGradientError: a trainable parameter gets no gradient.
@@ -50,7 +58,14 @@ def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, m
     lm, handle = trained.lm, trained.handle
     n_trained = sum(p.numel() for p in handle.trainable().values())
     n_all = sum(p.numel() for p in lm.model.parameters())
-    seconds, n_tensors, silent = _prove(recipe, trained, data, module)
+    is_training, state = module.training, torch.random.get_rng_state()
+    module.eval()
+    with autocast():
+        silent = _prove(recipe, trained, data, module)
+        seconds = _seconds_of_micro_batch(recipe, trained, data, module)
+    module.train(is_training)
+    torch.random.set_rng_state(state)
+    n_tensors = len(handle.trainable())
     facts = {
         "model": f"{recipe.model}: {n_all - (0 if n_all == n_trained else n_trained):,} parameters, "
         f"{lm.precision} on {lm.device}, {lm.attention} attention" + (f", {lm.quantized}" if lm.quantized else ""),
@@ -66,26 +81,15 @@ def preflight(recipe: Recipe, trained: Trained, data: RunData, limits: Limits, m
     return Preflight(facts, sample, warnings)
 
 
-def _prove(recipe: Recipe, trained: Trained, data: RunData, module: SupervisedLoss) -> tuple[float, int, list[str]]:
-    """Run one forward and backward on a few rows.
-
-    Returns:
-        Seconds that a row took, the number of tensors, and those that can not have a gradient.
-    """
+def _prove(recipe: Recipe, trained: Trained, data: RunData, module: SupervisedLoss) -> list[str]:
+    """Names of tensors that can not have a gradient, found on a few rows."""
     batch = data.data.step(0, rank=0, world_size=1, micro_batch_size=2)[-1].to(trained.lm.device)
-    seconds = [0.0]
 
     def loss() -> Tensor:
-        started = time.perf_counter()
         value: Tensor = module(batch) / max(1, batch.n_supervised)
-        seconds[0] = 3 * (time.perf_counter() - started)  # a backward takes about twice a forward
         return value
 
-    is_training, state = module.training, torch.random.get_rng_state()
-    module.eval()
     silent = without_gradient(trained.handle, loss)
-    module.train(is_training)
-    torch.random.set_rng_state(state)
     allowed = (*recipe.without_gradient, *_invariant(trained))
     if unexpected := [name for name in silent if not any(fnmatch(name, pattern) for pattern in allowed)]:
         more = f" and {len(unexpected) - 3} more" if len(unexpected) > 3 else ""
@@ -94,7 +98,18 @@ def _prove(recipe: Recipe, trained: Trained, data: RunData, module: SupervisedLo
             fix="Leave them out of the adapter's targets; or, if this is meant to be, name them: "
             f"--set 'without_gradient=[{unexpected[0]}]'.",
         )
-    return seconds[0] / batch.tokens_BT.shape[0], len(trained.handle.trainable()), silent
+    return silent
+
+
+def _seconds_of_micro_batch(recipe: Recipe, trained: Trained, data: RunData, module: SupervisedLoss) -> float:
+    """Forward and backward of what one process computes at a time; no gradient is left."""
+    batch = data.data.step(0, rank=0, world_size=recipe.world_size, micro_batch_size=recipe.micro_batch)[0]
+    started = time.perf_counter()
+    value: Tensor = module(batch.to(trained.lm.device))
+    value.backward()  # type: ignore[no-untyped-call]
+    value.item()  # a GPU is done then
+    trained.handle.root.zero_grad(set_to_none=True)
+    return time.perf_counter() - started
 
 
 def _invariant(trained: Trained) -> tuple[str, ...]:
@@ -110,15 +125,16 @@ def _steps(recipe: Recipe, data: RunData, limits: Limits) -> str:
         ends.append(f"at most {limits.tokens:,} tokens")
     if limits.seconds is not None:
         ends.append(f"at most {limits.seconds / 60:g} minutes")
-    rows = f"of {recipe.batch_size} rows, {recipe.micro_batch} at a time on each of {recipe.devices * recipe.num_nodes}"
+    rows = f"of {recipe.batch_size} rows, {recipe.micro_batch} at a time on each of {recipe.world_size}"
     return f"{', '.join(ends)} {rows}; {data.steps_per_epoch:,} are an epoch"
 
 
-def _duration(seconds_per_row: float, recipe: Recipe, limits: Limits) -> str:
-    per_step = seconds_per_row * recipe.batch_size / (recipe.devices * recipe.num_nodes)
+def _duration(seconds: float, recipe: Recipe, limits: Limits) -> str:
+    per_step = seconds * (recipe.batch_size // (recipe.micro_batch * recipe.world_size))
+    before = " before --compile" if recipe.compile else ""
     if limits.steps is None:
-        return f"about {per_step:.2g} s a step"
-    return f"about {per_step:.2g} s a step, {minutes(per_step * limits.steps)} in all"
+        return f"about {per_step:.2g} s a step{before}"
+    return f"about {per_step:.2g} s a step, {minutes(per_step * limits.steps)} in all{before}"
 
 
 def minutes(seconds: float) -> str:

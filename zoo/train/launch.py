@@ -28,7 +28,7 @@ def make_fabric(recipe: Recipe, device: torch.device, precision: Precision) -> F
     Raises:
         UnavailableError: the strategy can not be used here.
     """
-    world = recipe.devices * recipe.num_nodes
+    world = recipe.world_size
     strategy: Any = "auto" if world == 1 else "ddp"
     if recipe.strategy == "deepspeed":
         raise UnavailableError(

@@ -97,7 +97,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        world = self.devices * self.num_nodes
+        world = self.world_size
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {world} processes")
         share = self.batch_size // world
@@ -111,6 +111,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
+
+    @property
     def micro_batch(self) -> int:
         """Samples of one forward and backward."""
-        return self.micro_batch_size or self.batch_size // (self.devices * self.num_nodes)
+        return self.micro_batch_size or self.batch_size // self.world_size
