@@ -210,11 +210,12 @@ class Fence:
         while not self._store.check(keys):
             waited = time.monotonic() - started
             if line.ended or waited >= min(look_at, limit, notice_at):
+                ended = dict(line.ended)  # before the posts: who posts and then ends has made this call
                 posts = self._arrived(keys)
                 self._compare(posts)
                 missing = set(range(self.world_size)) - set(posts)
-                if missing & set(line.ended):
-                    self._fail(self._ended(line.ended, missing, before))
+                if missing & set(ended):
+                    self._fail(self._ended(ended, missing, before))
                 if waited >= limit and missing:
                     self._fail(self._absent(line, missing, limit, before))
                 if waited >= notice_at and missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -128,7 +129,10 @@ def damages(
 
 def unexpected(directory: Path, manifest: Manifest) -> list[str]:
     """Files that somebody put into the step after it was saved."""
-    there = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    walk = os.walk(directory)  # which passes over what is deleted meanwhile: a writer may replace this step
+    there = sorted(
+        (Path(folder) / name).relative_to(directory).as_posix() for folder, _, files in walk for name in files
+    )
     return [f"{name}: not a file of this step" for name in there if name not in manifest.files and name != FILE_NAME]
 
 
