@@ -2,8 +2,8 @@
 
     python benchmarks/e2e_records.py e2e_nlg_valid.txt DIRECTORY
 
-Several people have described each meaning, so the records are divided by meaning: ``train.json``, ``val.json``, and
-``references.json``, which maps each held-out meaning to all of its descriptions.
+Several people have described each meaning, so the records are divided by meaning: ``train.json``; ``val.json``, with one
+record of each that is held out; and ``references.json``, which maps those to all of their descriptions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 INSTRUCTION = "Describe the restaurant in one sentence."
-HELD_OUT = 10
-"""Every so many meanings one is held out."""
+N_HELD_OUT = 200
 
 
 def main() -> None:
@@ -28,13 +27,16 @@ def main() -> None:
         said.setdefault(meaning.strip(), []).append(" ".join(text.split()))
     meanings = sorted(said)
     random.Random(0).shuffle(meanings)
-    held_out = meanings[::HELD_OUT]
-    parts = {"val.json": held_out, "train.json": [m for m in meanings if m not in set(held_out)]}
-    for name, chosen in parts.items():
-        records = [{"instruction": INSTRUCTION, "input": m, "output": text} for m in chosen for text in said[m]]
+    held_out, others = meanings[:N_HELD_OUT], meanings[N_HELD_OUT:]
+    parts = {
+        "train.json": [(meaning, text) for meaning in others for text in said[meaning]],
+        "val.json": [(meaning, said[meaning][0]) for meaning in held_out],
+    }
+    for name, pairs in parts.items():
+        records = [{"instruction": INSTRUCTION, "input": meaning, "output": text} for meaning, text in pairs]
         random.Random(1).shuffle(records)
         (directory / name).write_text(json.dumps(records, indent=1), encoding="utf-8")
-        print(f"{directory / name}: {len(records)} records of {len(chosen)} meanings")
+        print(f"{directory / name}: {len(records)} records")
     references = {meaning: said[meaning] for meaning in held_out}
     (directory / "references.json").write_text(json.dumps(references, indent=1), encoding="utf-8")
 

@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="records in any format that zoo reads")
     parser.add_argument("--litgpt-python", metavar="PYTHON", help="interpreter that has litgpt")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", action="append", metavar="NAME", help="run this contender alone, or these")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)

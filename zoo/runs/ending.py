@@ -35,6 +35,7 @@ def finish(
         ending=ending,
         model=recipe.model,
         trained=directory.trained(recipe),
+        n_trained=sum(p.numel() for p in files.trained.handle.trainable().values()),
         step=progress.step,
         val_loss=val_loss,
         best_loss=progress.best_loss if has_best else None,
@@ -59,13 +60,12 @@ def finish(
 def _report(
     recipe: Recipe, directory: RunDirectory, files: AdapterFiles | ModelDirectoryFiles, outcome: Outcome
 ) -> Path:
-    n_trained = sum(p.numel() for p in files.trained.handle.trainable().values())
     n_all = sum(p.numel() for p in files.trained.lm.model.parameters())
     facts = {
         "model": recipe.model,
         "adapter": recipe.adapter.use,
         "data": recipe.data,
-        "trained parameters": f"{n_trained:,} of {n_all:,}",
+        "trained parameters": f"{outcome.n_trained:,} of {n_all:,}",
         "steps": f"{outcome.step:,}",
         "time": minutes(outcome.seconds),
         "ended because": outcome.ending,

@@ -41,6 +41,7 @@ class Outcome:
 
     Attributes:
         trained: the adapter or model directory; ``None`` after a dry run.
+        n_trained: parameters that were trained.
         best_step: the step with the lowest validation loss.
     """
 
@@ -48,6 +49,7 @@ class Outcome:
     ending: str
     model: str = ""
     trained: Path | None = None
+    n_trained: int = 0
     step: int = 0
     val_loss: float | None = None
     best_loss: float | None = None
