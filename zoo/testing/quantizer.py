@@ -102,7 +102,7 @@ class QuantizerContract(Contract, standard=True):
         weight = self.weight()
         for dtype in DTYPES:
             layer = self.layer_type().from_float(weight, dtype)
-            most = min(layer.kernel_tokens, 24)
+            most = max(1, min(layer.kernel_tokens, 24))
             for n_tokens in (1, 5, most, most + 40):
                 x = torch.randn(2, n_tokens, D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
                 with torch.no_grad():
