@@ -11,6 +11,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import zoo
+
 
 class Environment:
     """A virtual environment that sees the packages of the one that runs the tests."""
@@ -24,6 +26,8 @@ class Environment:
         site_packages = self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()
         visible = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
         lines = [f"import site; site.addsitedir({path!r})\n" for path in visible]
+        tested = str(Path(zoo.__file__).parents[1])  # an editable install may be of another working tree
+        lines.append(f"import sys; sys.path.insert(0, {tested!r})\n")
         (Path(site_packages) / "visible.pth").write_text("".join(lines), encoding="utf-8")
 
     def run(self, *arguments: str | Path, exit_code: int = 0) -> subprocess.CompletedProcess[str]:

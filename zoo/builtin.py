@@ -9,6 +9,8 @@ from zoo.hooks import hookimpl
 from zoo.registrar import ModelRegistrar, Registrar
 from zoo.registry import DeviceNeeds
 
+ZOO_CONTRACTS = "zoo.testing.builtin"
+
 
 @hookimpl
 def zoo_register_models(register: ModelRegistrar) -> None:
@@ -100,6 +102,7 @@ def zoo_register_precisions(register: Registrar) -> None:
         "16-mixed",
         "zoo.precision.builtin:FP16_MIXED",
         needs=DeviceNeeds(accelerator="cuda"),
+        fix="Take bf16-mixed, which every device can do.",
         help="float32 weights, float16 products with a scaled loss; for training",
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo.adapters.attach as attach_module
+from tests.contract.mutation import TABLE
 from zoo.adapters.attach import AttachedAdapter
 from zoo.adapters.base import Adapted
 from zoo.adapters.llama_adapter import Prompt
@@ -24,7 +25,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 class LoRA(AdapterContract):
     """Mutated below."""
 
-    adapter = "lora"
+    component = "lora"
 
     def make_model(self) -> nn.Module:
         return build("llama-2-7b", n_layers=2, d_model=32, n_heads=4, d_ffn=48, vocab_size=64, max_seq_len=32, seed=0)
@@ -33,7 +34,7 @@ class LoRA(AdapterContract):
 class Prompts(LoRA):
     """Mutated below."""
 
-    adapter = "llama-adapter"
+    component = "llama-adapter"
 
 
 def prompts_detached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +174,10 @@ MUTANTS: list[tuple[Patch, type[LoRA], str]] = [
 def test_is_caught(patch: Patch, contract: type[LoRA], test: str, monkeypatch: pytest.MonkeyPatch) -> None:
     getattr(contract(), test)()
     patch(monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
         getattr(contract(), test)()
+    said = " ".join(f"{type(caught.value).__name__}: {caught.value}".split())
+    TABLE.append(("adapter", patch.__name__.replace("_", " "), test, said))
 
 
 class WithoutCache(LoRA):

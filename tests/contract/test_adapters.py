@@ -74,14 +74,14 @@ class OnEveryFamily(AdapterContract):
 class TestLoRA(OnEveryFamily):
     """The default targets."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 4}
 
 
 class TestLoRAEverywhere(OnEveryFamily):
     """Linears, the embedding and the head, with biases and a norm beside."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 3, "targets": ("all-linear", "embed", "head"), "bias": "lora_only", "rslora": True}
     without_gradient = KEY_BIASES
 
@@ -89,7 +89,7 @@ class TestLoRAEverywhere(OnEveryFamily):
 class TestDoRA(OnEveryFamily):
     """Norms of the outputs."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 4, "alpha": 4, "dora": True, "targets": ("all-linear",)}
     start_tolerance: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
@@ -97,7 +97,7 @@ class TestDoRA(OnEveryFamily):
 class TestPiSSA(OnEveryFamily):
     """Principal singular vectors, with what is taken off the weight kept apart."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 4, "init": "pissa", "targets": ("attn.q", "attn.v", "mlp.down"), "alpha": 3}
     start_tolerance: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -105,28 +105,28 @@ class TestPiSSA(OnEveryFamily):
 class TestLoRAOfParts(OnEveryFamily):
     """Parts of the outputs, of other ranks or without an update."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 4, "targets": ("attn.q", "attn.v"), "parts": {"attn.q": (3, 0), "attn.v": (0, 1, 2, 1)}}
 
 
 class TestLoRAOfOneA(OnEveryFamily):
     """Projections that share an A, as where they are fused; its rank may be above that of one of them."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 10, "targets": ("attn.q", "attn.k", "attn.v"), "share": (("attn.q", "attn.k", "attn.v"),)}
 
 
 class TestLLaMAAdapter(OnEveryFamily):
     """Prompts."""
 
-    adapter = "llama-adapter"
+    component = "llama-adapter"
     options: ClassVar = {"prompt_length": 5}
 
 
 class TestLLaMAAdapterV2(OnEveryFamily):
     """Prompts, norms, scales and biases."""
 
-    adapter = "llama-adapter-v2"
+    component = "llama-adapter-v2"
     options: ClassVar = {"prompt_length": 5}
     without_gradient = KEY_BIASES
 
@@ -134,7 +134,7 @@ class TestLLaMAAdapterV2(OnEveryFamily):
 class TestLLaMAAdapterV2OnInputs(OnEveryFamily):
     """The form that merges."""
 
-    adapter = "llama-adapter-v2"
+    component = "llama-adapter-v2"
     options: ClassVar = {"prompts": False, "scale_on": "input", "norms": False}
     without_gradient = KEY_BIASES
 
@@ -142,13 +142,13 @@ class TestLLaMAAdapterV2OnInputs(OnEveryFamily):
 class TestIA3(OnEveryFamily):
     """Factors."""
 
-    adapter = "ia3"
+    component = "ia3"
 
 
 class TestFull(OnEveryFamily):
     """Everything."""
 
-    adapter = "full"
+    component = "full"
     without_gradient = KEY_BIASES
 
 
@@ -161,7 +161,7 @@ class TestNorm(OnEveryFamily):
     ) -> None:
         self.choose(request.param, models, tmp_path, registry)
 
-    adapter = "norm"
+    component = "norm"
 
 
 class TestBitFit(OnEveryFamily):
@@ -173,14 +173,14 @@ class TestBitFit(OnEveryFamily):
     ) -> None:
         self.choose(request.param, models, tmp_path, registry)
 
-    adapter = "bitfit"
+    component = "bitfit"
     without_gradient = KEY_BIASES
 
 
 class TestLoRAOnTransformers(AdapterContract):
     """A model that zoo did not make, with a cache of its own."""
 
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = {"r": 4, "targets": ("q_proj", "v_proj", "down_proj")}
 
     def make_model(self) -> nn.Module:

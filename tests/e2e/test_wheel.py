@@ -38,3 +38,4 @@ def test_the_registry_is_inside(installed: Path, tmp_path: Path) -> None:
     assert (installed / "zoo" / "registry.yaml").read_bytes() == (ROOT / "registry.yaml").read_bytes()
     assert "1,557,611,200" in run(installed, tmp_path, "-m", "zoo", "show", "gpt2-xl")
     assert not (installed / "tests").exists()
+    assert "mine/pyproject.toml" in run(installed, tmp_path, *"-m zoo plugins new logger mine --out mine".split())

@@ -456,7 +456,7 @@ def test_queries_of_both_places(variant: str, tmp_path: Path, registry: Registry
 class TestAfterProjection(AdapterContract):
     """The contract of adapters, for prompts behind the projection."""
 
-    adapter = "llama-adapter"
+    component = "llama-adapter"
     options: ClassVar = {"prompt_length": 5, "place": "after_projection"}
 
     @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "plugins" / "zoo-example-family"
 GUIDES = ["adapters.md", "adding-a-model.md", "data.md", "writing-a-plugin.md", "writing-an-adapter.md"]
-NOT_RUN = ("python -m pip install -e ", "python -m pytest plugins/zoo-example-")
+INSTALL = "python -m pip install -e "
+NOT_RUN = (INSTALL, "python -m pytest ")
 """Commands of the guides that need more than a moment; tests/e2e/test_example_plugin.py and its siblings run them."""
 
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -72,7 +73,7 @@ def prepare(guide: str, directory: Path) -> dict[str, str]:
     for source in sources:
         fake_install(source, directory / "installed")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ZOO_")}
-    visible = os.pathsep.join(map(str, (directory / "installed", *sources)))
+    visible = os.pathsep.join(map(str, (directory / "installed", *sources, ROOT)))
     return kept | {"PYTHONPATH": visible, "HF_HUB_OFFLINE": "1"}
 
 
@@ -125,6 +126,10 @@ def test_commands_print_what_they_are_said_to_print(guide: str, tmp_path: Path) 
     for command, expected in console_steps(guide):
         if command.startswith(NOT_RUN):
             assert not expected
+            made = tmp_path / command.removeprefix(INSTALL)
+            if command.startswith(INSTALL) and made.is_dir() and str(made) not in environment["PYTHONPATH"]:
+                fake_install(made, tmp_path / "installed")  # what an earlier command of the guide has written
+                environment["PYTHONPATH"] += f"{os.pathsep}{made}"
             continue
         script = f'python() {{ "{sys.executable}" "$@"; }}\n{command}'
         done = subprocess.run(
@@ -138,4 +143,4 @@ def test_commands_print_what_they_are_said_to_print(guide: str, tmp_path: Path) 
         )
         assert re.fullmatch(pattern_of(expected), done.stdout), f"$ {command}\n{done.stdout}\nnot:\n{expected}"
         ran += 1
-    assert ran >= {"adapters.md": 1, "data.md": 8, "writing-an-adapter.md": 4}.get(guide, 7)
+    assert ran >= {"adapters.md": 1, "data.md": 8, "writing-an-adapter.md": 4, "writing-a-plugin.md": 12}.get(guide, 7)

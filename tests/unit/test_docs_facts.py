@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -24,8 +24,10 @@ from zoo.attention.sdpa import SDPA
 from zoo.convert.load import load_model, open_checkpoint
 from zoo.errors import ZooError
 from zoo.plugins import PluginSelection, load_zoo
+from zoo.registrar import ModelRegistrar, Registrar
 from zoo.registry import KINDS
 from zoo.spec import ModelSpec, RopeScaling, RopeSpec
+from zoo.testing import CONTRACTS
 
 TINY = {"n_embd": 48, "n_head": 6, "n_layer": 3, "vocab_size": 97, "n_positions": 64, "rotary_dim": 4}
 HOOKS = {name: value for name, value in vars(hooks).items() if hasattr(value, "zoo_spec")}
@@ -39,10 +41,82 @@ def sections(guide: str) -> dict[str, str]:
 
 def test_every_hook_is_described() -> None:
     text = sections("writing-a-plugin.md")["The hooks"]
-    assert set(re.findall(r"`(zoo_\w+)", text)) == set(HOOKS)
-    for name, hook in HOOKS.items():
-        if not name.startswith("zoo_register_"):
-            assert f"`{name}({', '.join(inspect.signature(hook).parameters)})`" in text
+    registering = {name for name in HOOKS if name.startswith("zoo_register_")}
+    assert set(re.findall(r"^\| `(zoo_\w+)", text, re.MULTILINE)) == registering
+    told = signatures(text)
+    assert {name: told[name] for name in told if name.startswith("zoo_")} == {n: said(h) for n, h in HOOKS.items()}
+
+
+def test_what_register_takes_is_described() -> None:
+    """Guards the arguments of every call that a hook makes: their names, their defaults, and a line on each."""
+    text = sections("writing-a-plugin.md")["The hooks"]
+    calls = re.findall(r"^(register[.\w]*)(\(.*?\) -> \w+)$", text, re.MULTILINE | re.DOTALL)
+    expected = [
+        ("register", said(Registrar.__call__)),
+        ("register", said(ModelRegistrar.__call__)),
+        ("register.file", said(ModelRegistrar.file)),
+        ("register.path", said(ModelRegistrar.path)),
+    ]
+    assert [(name, one_line(signature)) for name, signature in calls] == expected
+    arguments = set(inspect.signature(Registrar.__call__).parameters) - {"self", "name"}
+    assert set(re.findall(r"^- `(\w+)`", text, re.MULTILINE)) == arguments
+
+
+def test_what_targets_are_called_with() -> None:
+    """Guards the signatures that an author implements; and none of the protocols' methods is left out."""
+    told = signatures(sections("writing-a-plugin.md")["What targets are called with"])
+    assert len(told) > 15
+    for path, signature in told.items():
+        module, owner, method = path.rsplit(".", 2)
+        assert signature == said(getattr(getattr(import_module(module), owner), method)), path
+    protocols = {tuple(path.rsplit(".", 2)[:2]) for path in told}
+    for module, owner in protocols:
+        kind = getattr(import_module(module), owner)
+        own = {n for n, v in vars(kind).items() if inspect.isfunction(v) and (n == "__call__" or not n.startswith("_"))}
+        if is_protocol(kind):
+            assert own <= {path.rpartition(".")[2] for path in told if f".{owner}." in path}, kind
+
+
+def test_every_contract_is_described() -> None:
+    """Guards the table of contracts: every kind, and attributes that the contract has."""
+    rows = re.findall(
+        r"^\| ([\w ]+) \| `(\w+)` \| (.*)\|$", sections("writing-a-plugin.md")["The contracts"], re.MULTILINE
+    )
+    contracts = {kind: (name, re.findall(r"`(\w+)", given)) for kind, name, given in rows}
+    assert contracts.pop("a distribution")[0] == "PluginContract"
+    assert {kind: name for kind, (name, _) in contracts.items()} == {k: c.__name__ for k, c in CONTRACTS.items()}
+    for kind, (_, given) in contracts.items():
+        assert all(hasattr(CONTRACTS[kind], attribute) for attribute in given), kind
+
+
+def is_protocol(kind: Any) -> bool:
+    return bool(getattr(kind, "_is_protocol", False))
+
+
+def one_line(text: str) -> str:
+    """A signature without its line breaks."""
+    return re.sub(r"(?<=\() | (?=\))", "", " ".join(text.split()))
+
+
+def signatures(text: str) -> dict[str, str]:
+    """The signatures in the text blocks, by name."""
+    found = re.findall(r"^(zoo[.\w]+)(\(.*?\) -> [^\n]+)$", text, re.MULTILINE | re.DOTALL)
+    return {name: one_line(signature) for name, signature in found}
+
+
+def said(function: Callable[..., object]) -> str:
+    """The signature of a function as the guide writes it: annotations as in the code, no ``self``."""
+    signature = inspect.signature(function)
+    parts, marked = [], False
+    for name, parameter in signature.parameters.items():
+        if name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not marked:
+            parts.append("*")
+            marked = True
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        parts.append(f"{name}: {parameter.annotation}{default}")
+    return f"({', '.join(parts)}) -> {signature.return_annotation}"
 
 
 def test_a_hook_is_said_to_be_unused_exactly_if_it_is() -> None:

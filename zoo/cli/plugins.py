@@ -1,15 +1,23 @@
-"""``zoo plugins list|show``: installed plugins and what became of them."""
+"""``zoo plugins list|show|new|check``: installed plugins and what became of them, and how one is begun and checked."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from zoo.cli.app import App, ZooCommand, json_option, pass_app, print_json, print_table
-from zoo.errors import UnknownNameError
+from zoo.cli.app import App, ZooCommand, json_option, note, pass_app, print_json, print_table
+from zoo.cli.torch_process import import_torch
+from zoo.errors import UnavailableError, UnknownNameError
 from zoo.plugins import Plugin, plugin_name
 from zoo.registry import KINDS
+
+if TYPE_CHECKING:
+    from zoo.testing.check import Result
 
 
 @click.group(invoke_without_command=True)
@@ -55,6 +63,65 @@ def show_command(app: App, name: str, as_json: bool) -> None:
         click.echo(f"  {line}")
     if plugin.traceback:
         click.echo(plugin.traceback)
+
+
+@command.command("new", cls=ZooCommand)
+@click.argument("kind")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to.  [default: zoo-NAME]")
+@pass_app
+def new_command(app: App, kind: str, name: str, out: Path | None) -> None:
+    """Write a package that adds a component NAME of a KIND, with tests that pass."""
+    from zoo.cli.plugin_files import write_plugin
+
+    written = write_plugin(kind, name, out, app.registry)
+    for path in written.values():
+        click.echo(path)
+    directory = written["pyproject.toml"].parent
+    note(f"next: python -m pip install -e {directory}, then python -m zoo plugins check zoo-{name}")
+
+
+@command.command("check", cls=ZooCommand)
+@click.argument("distribution")
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only components of this kind; may be repeated.")
+@json_option
+@click.pass_context
+def check_command(ctx: click.Context, distribution: str, kinds: tuple[str, ...], as_json: bool) -> None:
+    """Run the contract of everything that a DISTRIBUTION registers (zoo: the built-ins).
+
+    Exit code 1 if a check fails. What can not run here, such as checks for a GPU, is told, and is no failure.
+    """
+    import_torch()
+    try:
+        from zoo.testing.check import check
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"the checks need {error.name}.", fix="python -m pip install pytest") from None
+    singular = {plural: kind for kind, plural in KINDS.items()}
+    results = check(distribution, tuple(singular.get(kind, kind) for kind in kinds))
+    failed = [result for result in results if result.outcome == "failed"]
+    if as_json:
+        print_json({"distribution": distribution, "ok": not failed, "checks": [asdict(r) for r in results]})
+    else:
+        _print_results(results)
+    ctx.exit(1 if failed else 0)
+
+
+OUTCOMES = ("passed", "failed", "expected", "not run")
+
+
+def _print_results(results: Sequence[Result]) -> None:
+    """A row for each component, then each check that did not pass, with its reason."""
+    rows = [["kind", "component", *OUTCOMES]]
+    for (kind, component), group in groupby(results, lambda r: (r.kind, r.component)):
+        outcomes: list[str] = [result.outcome for result in group]
+        rows.append([kind, component, *(str(outcomes.count(outcome) or "-") for outcome in OUTCOMES)])
+    print_table(rows)
+    others: dict[tuple[str, str, str, str], list[str]] = {}
+    for r in results:
+        if r.outcome != "passed":
+            others.setdefault((r.outcome, r.kind, r.component, r.reason), []).append(r.check)
+    for (outcome, kind, component, reason), checks in others.items():
+        click.echo(f"\n{outcome}: {kind} {component}: {', '.join(checks)}\n  {reason}")
 
 
 def _facts(plugin: Plugin) -> dict[str, Any]:

@@ -1,17 +1,9 @@
-"""What every adapter has to do on every model. Subclass `AdapterContract`, and pytest runs its tests.
-
-class TestMyAdapter(AdapterContract):
-adapter = "my-adapter"
-
-def make_model(self):
-return zoo.build("gpt2", n_layers=2, d_model=64, n_heads=4, vocab_size=64, max_seq_len=32, seed=0)
-"""
+"""What every adapter has to do on every model. Subclass `AdapterContract`, and pytest runs its checks."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -21,9 +13,12 @@ from torch import Tensor, nn
 from zoo.adapters.attach import AttachedAdapter, attach
 from zoo.adapters.choose import choose_adapter
 from zoo.adapters.proof import randomize, without_gradient
+from zoo.attention.sdpa import SDPA
 from zoo.errors import InputError
-from zoo.plugins import load_zoo
-from zoo.registry import Registry
+from zoo.models.gpt import GPT
+from zoo.models.init import init_weights
+from zoo.spec import ModelSpec
+from zoo.testing.contract import Contract, require_gpu
 
 __all__ = ["AdapterContract", "digests", "randomize"]
 
@@ -36,40 +31,42 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-@cache
-def _registry() -> Registry:
-    return load_zoo().registry
+SPEC = ModelSpec.from_dict(
+    {
+        **{"n_layers": 2, "d_model": 32, "n_heads": 4, "d_ffn": 48, "vocab_size": 64, "max_seq_len": 32},
+        **{"norm": "layer", "norm_eps": 1e-5, "norm_bias": True, "rope": {"n_dims": 4}},
+        **dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), True),
+    }
+)
+"""A model that has all that an adapter may look for: biases, norms, rotation."""
 
 
-class AdapterContract:
-    """Set the class attributes, and `make_model`.
+class AdapterContract(Contract, standard=True):
+    """The adapter on a model, by default a small decoder; `make_model` may give it any other.
 
     Attributes:
-        adapter: its registered name.
         options: the options to test it with.
         start_tolerance: largest difference of logits that a fresh adapter may make, by their dtype; else none at all.
         cache_tolerance: largest difference that decoding with a cache may make, as a part of the largest logit.
         without_gradient: names of trainable parameters, or ends of them, that mathematics gives no gradient.
     """
 
-    adapter: ClassVar[str]
-    options: ClassVar[dict[str, Any]] = {}
+    kind = "adapter"
     start_tolerance: ClassVar[dict[torch.dtype, float]] = {}
     cache_tolerance: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-4, torch.bfloat16: 0.05}
     without_gradient: ClassVar[tuple[str, ...]] = ()
 
     def make_model(self) -> nn.Module:
         """A small model with random weights, the same at every call."""
-        raise NotImplementedError
-
-    def registry(self) -> Registry:
-        """Where the adapter is registered; by default all that is installed."""
-        return _registry()
+        model = GPT(SPEC, SDPA())
+        init_weights(model, torch.Generator().manual_seed(0))
+        return model
 
     def tokens(self, model: nn.Module) -> Tensor:
         """Some input (B, T), always the same."""
         embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
-        return torch.randint(embedding.num_embeddings, (2, 12), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(embedding.num_embeddings, (2, 12), generator=torch.Generator().manual_seed(1))
+        return ids.to(next(model.parameters()).device)
 
     def logits(self, model: nn.Module) -> Tensor:
         """The result (B, T, V) for some input, always the same."""
@@ -92,12 +89,12 @@ class AdapterContract:
     def attach(self, model: nn.Module, *, name: str = "default", seed: int = 3) -> AttachedAdapter:
         """The adapter on the model."""
         torch.manual_seed(seed)
-        return attach(model, choose_adapter(self.adapter, self.options, self.registry()), name=name)
+        return attach(model, choose_adapter(self.component, self.options, self.registry()), name=name)
 
     def loss(self, model: nn.Module) -> Tensor:
         """A scalar that depends on every logit in its own way."""
         logits = self.logits(model).float()
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits.device)
         return (logits.log_softmax(-1) * weights).sum() / logits.shape[-1]
 
     def assert_as_at_start(self, found: Tensor, expected: Tensor) -> None:
@@ -253,3 +250,13 @@ class AdapterContract:
             self.assert_as_at_start(self.logits(model), alone)
             with pytest.raises(InputError, match="'first' already"):
                 self.attach(model, name="first")
+
+    def test_on_a_gpu(self) -> None:
+        """Parameters are made where the model is, and learn there."""
+        self.load()
+        require_gpu()
+        model = self.make_model().to("cuda")
+        handle = self.attach(model)
+        assert {p.device.type for p in handle.trainable().values()} == {"cuda"}
+        silent = without_gradient(handle, lambda: self.loss(model))
+        assert not [name for name in silent if not name.endswith(self.without_gradient)]

@@ -43,7 +43,7 @@ def make_registry() -> Registry:
 class TestVeRA(AdapterContract):
     """Every linear of a Llama."""
 
-    adapter = "vera"
+    component = "vera"
     options: ClassVar = {"r": 8}
 
     def registry(self) -> Registry:

@@ -90,35 +90,35 @@ class OnMinGPT(AdapterContract):
 
 
 class TestLoRA(OnMinGPT):
-    adapter = "lora"
+    component = "lora"
     options: ClassVar = OPTIONS["lora"]
 
 
 class TestLLaMAAdapter(OnMinGPT):
-    adapter = "llama-adapter"
+    component = "llama-adapter"
     options: ClassVar = OPTIONS["llama-adapter"]
 
 
 class TestLLaMAAdapterV2(OnMinGPT):
-    adapter = "llama-adapter-v2"
+    component = "llama-adapter-v2"
     options: ClassVar = OPTIONS["llama-adapter-v2"]
 
 
 class TestIA3(OnMinGPT):
-    adapter = "ia3"
+    component = "ia3"
     options: ClassVar = OPTIONS["ia3"]
 
 
 class TestFull(OnMinGPT):
-    adapter = "full"
+    component = "full"
 
 
 class TestNorm(OnMinGPT):
-    adapter = "norm"
+    component = "norm"
 
 
 class TestBitFit(OnMinGPT):
-    adapter = "bitfit"
+    component = "bitfit"
 
 
 def randomised(registry: Registry) -> MinGPT:

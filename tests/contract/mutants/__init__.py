@@ -1,0 +1,1 @@
+"""Components with one thing wrong each: what the contracts have to catch."""
