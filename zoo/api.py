@@ -25,7 +25,7 @@ from zoo.language_model import LanguageModel
 from zoo.models.attention import Attend
 from zoo.models.gpt import GPT
 from zoo.models.init import init_weights
-from zoo.precision.base import Precision, choose_precision
+from zoo.precision.base import NO_OPTIONS, Precision, choose_precision
 from zoo.precision.quantization import Quantizer, choose_quantizer
 from zoo.registry import Registry
 from zoo.sources.base import FetchOptions
@@ -47,6 +47,7 @@ def load(
     model: str | Path,
     *,
     precision: str = "auto",
+    precision_options: Mapping[str, Any] = NO_OPTIONS,
     attention: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
@@ -63,6 +64,7 @@ def load(
         model: a registry name, a model directory, a run or a step of one, a GGUF file, or a source such as
             ``hf:org/name``. What is not there yet is downloaded to `checkpoints_directory`.
         precision: a registered precision; ``auto`` takes the stored one where the device computes in it.
+        precision_options: as ``zoo show precision NAME`` lists them.
         attention: a registered backend; ``auto`` takes the first that can serve the model.
         device: ``auto`` (cuda, mps or cpu), or a torch device.
         quantize: a registered quantizer (``int8``, ``int4``); weights are quantized as they are read. By default the
@@ -84,23 +86,38 @@ def load(
     quantizer = _choose_quantizer(quantize, checkpoint, target, registry)
     stored = checkpoint.tensors.dtype(next(iter(checkpoint.located())))
     is_quantized = checkpoint.quantized or quantizer is not None
-    chosen = choose_precision(
-        precision, stored=stored, quantized=is_quantized, device=target.type, registry=registry, training=training
-    )
+    asked: dict[str, Any] = {"training": training, "options": precision_options, "registry": registry}
+    chosen = choose_precision(precision, stored=stored, quantized=is_quantized, device=target.type, **asked)
     named = _named(adapters)
     if checkpoint.family.build is not None:
         _refuse_for_own(checkpoint.family, attention=attention != "auto", quantize=bool(quantizer), compiled=compile)
-        return _with_adapters(_load_own(checkpoint, chosen, target), named)
+        own = _load_own(checkpoint, chosen, target)
+        return _with_adapters(converted(own, chosen) if training else own, named)
     request = AttentionRequest.of(checkpoint.spec, device=target.type, dtype=chosen.param_dtype, training=training)
-    if compile:
-        require_compiler()
-        request = replace(request, mask_features=request.mask_features | {"queries"})
-    backend = choose_attention(attention, request, registry)
+    backend = choose_attention(attention, _compilable(request) if compile else request, registry)
     notes = [f"{name} attention was not possible: {'; '.join(why)}" for name, why in backend.rejected.items()]
     loaded = _load_decoder(checkpoint, backend.backend, quantizer, chosen.param_dtype, target)
     lm = LanguageModel(loaded, checkpoint, chosen.name, backend.name, backend.backend, target, notes)
     lm.quantized = quantizer.name if quantizer else None
-    return _compiled(lm, named, report) if compile else _with_adapters(lm, named)
+    if compile:
+        return _compiled(lm, named, report)
+    return _with_adapters(converted(lm, chosen) if training else lm, named)
+
+
+def _compilable(request: AttentionRequest) -> AttentionRequest:
+    """What compiled decoding asks of a backend besides."""
+    require_compiler()
+    return replace(request, mask_features=request.mask_features | {"queries"})
+
+
+def converted(lm: LanguageModel, precision: Precision) -> LanguageModel:
+    """The model with its layers as a precision trains them. Adapters come afterwards, around those layers.
+
+    Raises:
+        InputError: no layer can be trained so.
+    """
+    lm.converted = precision.convert(lm.model)
+    return lm
 
 
 def _compiled(lm: LanguageModel, adapters: Mapping[str, str | Path], report: Callable[[str], None]) -> LanguageModel:

@@ -28,6 +28,7 @@ from zoo.generate.reply import Reply, Request
 from zoo.generate.sampling import SamplingOptions
 from zoo.generate.speculative import DEFAULT_DRAFT_TOKENS, Drafter, ModelDrafter, NgramDrafter, Speculation
 from zoo.models.decoder import Decoder, decoder_of
+from zoo.precision.base import Converted
 from zoo.spec import ModelSpec
 from zoo.text.chat import Message
 from zoo.text.prompts import PromptStyle, read_prompt_style
@@ -55,6 +56,8 @@ class LanguageModel:
     """What ``auto`` chose, and why."""
     quantized: str | None = None
     """The quantizer whose layers it has."""
+    converted: Converted | None = None
+    """What its precision made of its layers, of a model that is trained."""
     step: CompiledDecoding | None = None
     """Runs single tokens compiled."""
     adapters: list[AttachedAdapter] = field(default_factory=list)

@@ -11,6 +11,7 @@ import torch
 from zoo.data.load import resolve_data
 from zoo.data.prepare import corpus_tokenizer, prepare_corpus, read_tokenizer
 from zoo.errors import InputError
+from zoo.precision.base import plain_precision
 from zoo.registry import Registry
 from zoo.runs.data import RunData, finetuning_data, pretraining_data
 from zoo.runs.directory import RunDirectory, trains_all
@@ -32,7 +33,7 @@ from zoo.train.loss import SupervisedLoss
 from zoo.train.metrics import Loggers, MetricsFile
 from zoo.train.optim import build_optimizer
 from zoo.train.progress import Limits, Progress, limits_of
-from zoo.train.recipe import Recipe
+from zoo.train.recipe import Recipe, Use
 from zoo.train.recipe_file import recipe_values
 from zoo.train.schedule import Schedule, build_schedule
 
@@ -162,7 +163,7 @@ class Assembly:
                 data=data.data,
                 store=store,
                 loggers=None,
-                saved={"model": trained.handle},
+                saved=self._saved(trained),
             )
             torch.manual_seed(recipe.seed + self.fabric.global_rank)  # dropout differs from rank to rank
             if resume and store.latest() is not None:
@@ -194,6 +195,9 @@ class Assembly:
         if not self.is_first:
             return trained
         recipe = self.recipe.model_copy(update={"device": "cpu"})
+        if trained.lm.converted is not None:  # what is converted is for training, and may need a GPU
+            plain = Use(use=plain_precision(trained.lm.decoder.dtype))
+            recipe = recipe.model_copy(update={"precision": plain})
         if recipe.task == "pretrain":
             whole = build_trained(recipe, trained.lm.tokenizer, self.registry)
         else:
@@ -201,6 +205,11 @@ class Assembly:
             whole.lm.style = trained.lm.style
         whole.handle.load_state_dict(state)
         return whole
+
+    def _saved(self, trained: Trained) -> dict[str, Any]:
+        """What a checkpoint holds of the model: what is trained, and what its precision has seen."""
+        converted = trained.lm.converted
+        return {"model": trained.handle} | ({} if converted is None else {"precision": converted})
 
     def _store(self, trained: Trained, files: AdapterFiles | ModelDirectoryFiles) -> CheckpointStore:
         """Another model's steps do not fit, whatever their shapes."""

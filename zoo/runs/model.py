@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.adapters.attach import AttachedAdapter
-from zoo.api import choose_device, load
+from zoo.api import choose_device, converted, load
 from zoo.attention.base import AttentionRequest, choose_attention
 from zoo.convert.from_model import fresh_checkpoint
 from zoo.errors import InputError
@@ -45,7 +45,8 @@ def load_trained(recipe: Recipe, registry: Registry, say: Callable[[str], None])
     """
     lm = load(
         recipe.model,
-        precision=recipe.precision,
+        precision=recipe.precision.use,
+        precision_options=recipe.precision.options,
         attention=recipe.attention,
         device=recipe.device,
         quantize=recipe.quantize,
@@ -72,25 +73,28 @@ def build_trained(recipe: Recipe, tokenizer: Tokenizer, registry: Registry) -> T
         raise InputError(f"spec.vocab_size {spec.vocab_size} is below the tokenizer's {tokenizer.vocab_size}.")
     device = choose_device(recipe.device)
     precision = choose_precision(
-        recipe.precision if recipe.precision != "auto" else "32-true",
+        recipe.precision.use if recipe.precision.use != "auto" else "32-true",
         stored=torch.float32,
         quantized=False,
         device=device.type,
         registry=registry,
         training=True,
+        options=recipe.precision.options,
     )
     checkpoint = fresh_checkpoint(family, spec, Path(recipe.out) / "model", tokenizer)
     generator = torch.Generator().manual_seed(recipe.seed)
     if family.build is not None:
         torch.manual_seed(recipe.seed)
         module = family.build(spec).to(device=device, dtype=precision.param_dtype)
-        return _adapted(LanguageModel(module, checkpoint, precision.name, "own", None, device, []), recipe)
+        lm = LanguageModel(module, checkpoint, precision.name, "own", None, device, [])
+        return _adapted(converted(lm, precision), recipe)
     request = AttentionRequest.of(spec, device=device.type, dtype=precision.param_dtype, training=True)
     chosen = choose_attention(recipe.attention, request, registry)
     model = GPT(spec, chosen.backend)
     init_weights(model, generator)
     model.to(device=device, dtype=precision.param_dtype)
-    return _adapted(LanguageModel(model, checkpoint, precision.name, chosen.name, chosen.backend, device, []), recipe)
+    lm = LanguageModel(model, checkpoint, precision.name, chosen.name, chosen.backend, device, [])
+    return _adapted(converted(lm, precision), recipe)
 
 
 def gathered(trained: Trained) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ def preflight(
     facts = {
         "model": f"{recipe.model}: {n_all - (0 if n_all == n_trained else n_trained):,} parameters, "
         f"{lm.precision} on {lm.device}, {lm.attention} attention" + (f", {lm.quantized}" if lm.quantized else ""),
+        **({} if lm.converted is None else {"layers": lm.converted.describe()}),
         "trained": f"{recipe.adapter.use}: {n_trained:,} parameters ({n_trained / n_all:.2%}) in {n_tensors} tensors",
         **data.facts,
         "gradients": f"every one of the {n_tensors} tensors gets one"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from zoo.api import choose_device
-from zoo.precision.base import Precision
+from zoo.errors import InputError
+from zoo.precision.base import Precision, load_precision
 from zoo.precision.builtin import FP32_TRUE
 from zoo.registry import Registry
 from zoo.runs.assembly import Assembly
@@ -49,7 +50,13 @@ def run(
 
 
 def _precision(recipe: Recipe, registry: Registry) -> Precision:
-    if recipe.precision == "auto":
+    if recipe.precision.use == "auto":
         return FP32_TRUE  # whatever is stored: without autocast Fabric does nothing
-    precision: Precision = registry.load("precision", recipe.precision)
+    precision = load_precision(recipe.precision.use, recipe.precision.options, registry)
+    if recipe.activation_checkpointing != "none" and not precision.recomputes:
+        raise InputError(
+            f"precision {precision.name!r} and activation_checkpointing {recipe.activation_checkpointing!r} do not go "
+            "together: its layers can not be computed a second time.",
+            fix="Take activation_checkpointing: none, or --precision bf16-true.",
+        )
     return precision

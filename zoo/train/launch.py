@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ ACCELERATORS = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
 def make_fabric(recipe: Recipe, device: torch.device, precision: Precision) -> Fabric:
     """Fabric for the recipe's processes; ``launch()`` starts them.
 
-    zoo's precisions decide about dtypes; Fabric adds autocast for the mixed ones, and converts nothing.
+    zoo's precisions decide about dtypes and layers; Fabric adds autocast for the mixed ones, and converts nothing.
 
     Raises:
         UnavailableError: the strategy can not be used here.
@@ -44,7 +45,7 @@ def make_fabric(recipe: Recipe, device: torch.device, precision: Precision) -> F
         devices=_devices(recipe, device),
         num_nodes=recipe.num_nodes,
         strategy=strategy,
-        plugins=[_dtypes(precision, device)],
+        plugins=[_plugin(precision, device)],
     )
 
 
@@ -56,11 +57,34 @@ def _devices(recipe: Recipe, device: torch.device) -> int | list[int]:
     return [device.index]
 
 
-def _dtypes(precision: Precision, device: torch.device) -> LeaveDtypes:
+def _plugin(precision: Precision, device: torch.device) -> LeaveDtypes:
     if precision.autocast_dtype is None:
-        return LeaveDtypes()
-    scaler = torch.amp.GradScaler(device.type) if precision.autocast_dtype == torch.float16 else None
-    return MixedPrecision("16-mixed" if scaler else "bf16-mixed", device.type, scaler)
+        plugin: _Plain | _Mixed = _Plain()
+    else:
+        scaler = torch.amp.GradScaler(device.type) if precision.autocast_dtype == torch.float16 else None
+        plugin = _Mixed("16-mixed" if scaler else "bf16-mixed", device.type, scaler)
+    plugin.chosen = precision
+    return plugin
+
+
+class _Plain(LeaveDtypes):  # type: ignore[misc]
+    """Changes no dtype; the forward pass runs in the precision's own context."""
+
+    chosen: Precision
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return self.chosen.context()
+
+
+class _Mixed(MixedPrecision):  # type: ignore[misc]
+    """Autocast, and inside of it the precision's own context."""
+
+    chosen: Precision
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        with super().forward_context(), self.chosen.context():
+            yield
 
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:

@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     max_seq_len: PositiveInt | None = None
 
     adapter: Use = Use(use="lora")
-    precision: str = "auto"
+    precision: Use = Use(use="auto")
     attention: str = "auto"
     quantize: str | None = None
     compile: bool = False

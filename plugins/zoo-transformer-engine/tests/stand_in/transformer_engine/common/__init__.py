@@ -1,0 +1,1 @@
+"""As TransformerEngine's package."""
