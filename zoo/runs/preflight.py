@@ -107,7 +107,7 @@ def _seconds_of_micro_batch(recipe: Recipe, trained: Trained, data: RunData, mod
     batch = data.data.step(0, rank=0, world_size=recipe.world_size, micro_batch_size=recipe.micro_batch)[0]
     started = time.perf_counter()
     value: Tensor = module(batch.to(trained.lm.device))
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     value.item()  # a GPU is done then
     trained.handle.root.zero_grad(set_to_none=True)
     return time.perf_counter() - started
