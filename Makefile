@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 # The demo model is part of the tests; without a network those few are skipped.
 test: $(VENV)/.installed-dev
 	-$(BIN)/python -m zoo download $(DEMO)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # The long forms of the tests that kill, corrupt, interrupt and reshard: an hour of a small machine rather than a minute.
 stress: $(VENV)/.installed-dev
