@@ -68,7 +68,7 @@ def test_they_are_listed_and_refused(environment: Environment, model: Path) -> N
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_qlora(quantizer: str, with_package: Environment, model: Path, data: Path, tmp_path: Path) -> None:
-    """Guards a frozen base of bitsandbytes' layers below an adapter that learns, and text from both."""
+    """Guards a frozen base of bitsandbytes' layers below an adapter that learns; samples are written on the way."""
     run = tmp_path / "run"
     done = with_package.zoo(
         "finetune", model, "--data", data, "--out", run, "--quantize", quantizer, "--adapter", "lora",
@@ -78,8 +78,15 @@ def test_qlora(quantizer: str, with_package: Environment, model: Path, data: Pat
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]) - 0.5
-    common = ("--prompt", "1: red", "--quantize", quantizer, "--max-new-tokens", "4", "--device", "cpu")
-    with_package.zoo("generate", model, *common, "--adapter", run / "adapter")
+
+
+def test_a_directory(with_package: Environment, model: Path, tmp_path: Path) -> None:
+    """Guards weights that are read as they were written."""
+    with_package.zoo("convert", model, tmp_path / "nf4", "--quantize", "nf4")
+    common = ("--prompt", "1: red", "--max-new-tokens", "4", "--temperature", "0", "--precision", "bf16-true")
+    found = with_package.zoo("generate", tmp_path / "nf4", *common, "--device", "cpu", "--stats")
+    expected = with_package.zoo("generate", model, *common, "--device", "cpu", "--quantize", "nf4")
+    assert found.stdout == expected.stdout and "nf4" in found.stderr
 
 
 def test_its_own_tests(with_package: Environment) -> None:

@@ -38,9 +38,9 @@ class StoredWeight:
         return self.kind.from_stored(self.tensors, torch.float32).dequantized()
 
     def in_dtype(self, dtype: torch.dtype) -> StoredWeight:
-        """With scales in ``dtype``."""
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()}
-        return StoredWeight(self.kind, cast)
+        """For inputs of ``dtype``, which decides about the dtype of scales, unless the layer has its own for them."""
+        kept = {name: of for name, (_, of) in self.kind.layout((0, 0), dtype).items()}
+        return StoredWeight(self.kind, {name: t.to(kept[name]) for name, t in self.tensors.items()})
 
     def mapped(self, rows: Callable[[Tensor], list[Tensor]]) -> list[StoredWeight]:
         """What becomes of it when a transform moves its rows."""

@@ -76,7 +76,7 @@ def preflight(
         if not silent
         else f"all but {len(silent)} of {n_tensors} tensors get one; the loss can not depend on {silent[0]}",
         "steps": _steps(recipe, data, limits),
-        "time": _duration(seconds, recipe, limits),
+        "time": _duration(seconds, recipe, limits, plain=lm.converted is not None),
     }
     sample, warnings = _shown(trained, data)
     return Preflight(facts, sample, warnings)
@@ -130,9 +130,10 @@ def _steps(recipe: Recipe, data: RunData, limits: Limits) -> str:
     return f"{', '.join(ends)} {rows}; {data.steps_per_epoch:,} are an epoch"
 
 
-def _duration(seconds: float, recipe: Recipe, limits: Limits) -> str:
+def _duration(seconds: float, recipe: Recipe, limits: Limits, *, plain: bool) -> str:
     per_step = seconds * (recipe.batch_size // (recipe.micro_batch * recipe.world_size))
     before = " before --compile" if recipe.compile else ""
+    before += f" without {recipe.precision.use}" if plain else ""  # whose layers compute so in training alone
     if limits.steps is None:
         return f"about {per_step:.2g} s a step{before}"
     return f"about {per_step:.2g} s a step, {minutes(per_step * limits.steps)} in all{before}"
