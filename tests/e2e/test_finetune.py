@@ -204,6 +204,16 @@ def test_pretraining(tmp_path: Path) -> None:
     assert set(lm.generate("1 and ", max_new_tokens=8, temperature=0.0)) <= set(text.read_text())
 
 
+def test_a_model_that_can_not_be_written_is_not_trained(tmp_path: Path) -> None:
+    """Guards against hours of pretraining that end at the first save: GPT-2's config has no word for its biases."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 100)
+    done = run("pretrain", "gpt2", "--data", text, "--tokenizer", "char", "--out", tmp_path / "run", "--max-steps", 4,
+               "--max-seq-len", 16, "--set", "spec.n_layers=1", "--set", "spec.mlp_bias=false", code=2)  # fmt: skip
+    assert "can not say mlp_bias = False" in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
 def test_dry_run_leaves_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     """Guards --dry-run: it shows the sample with its mask, and writes no file."""
     done = run("finetune", model, "--data", data, "--out", tmp_path / "run", "--max-steps", 2, *COMMON, "--dry-run")

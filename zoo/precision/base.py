@@ -113,8 +113,9 @@ def choose_precision(
             wanted = torch.float32
         name = plain_precision(wanted)
     precision = load_precision(name, options, registry)
-    if not training and precision.inference is not None:
-        raise UnavailableError(f"precision {name!r} is for training.", fix=f"Take {precision.inference}, or 32-true.")
+    if not training and (precision.inference or precision.autocast_dtype):
+        plain = dict.fromkeys((precision.inference or plain_precision(precision.param_dtype), "32-true"))
+        raise UnavailableError(f"precision {name!r} is for training.", fix=f"Take {', or '.join(plain)}.")
     if training and precision.param_dtype == torch.float16:
         raise UnavailableError(
             f"precision {name!r} is for inference: float16 weights lose small updates.", fix="Take 16-mixed."

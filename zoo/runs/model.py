@@ -14,6 +14,7 @@ from zoo.adapters.attach import AttachedAdapter
 from zoo.api import choose_device, converted, load
 from zoo.attention.base import AttentionRequest, choose_attention
 from zoo.convert.from_model import fresh_checkpoint
+from zoo.convert.hf_writer import hf_config
 from zoo.errors import InputError
 from zoo.families.base import Family
 from zoo.language_model import LanguageModel
@@ -82,6 +83,7 @@ def build_trained(recipe: Recipe, tokenizer: Tokenizer, registry: Registry) -> T
         options=recipe.precision.options,
     )
     checkpoint = fresh_checkpoint(family, spec, Path(recipe.out) / "model", tokenizer)
+    hf_config(checkpoint, precision.param_dtype)  # what can not be written is refused before it is trained
     generator = torch.Generator().manual_seed(recipe.seed)
     if family.build is not None:
         torch.manual_seed(recipe.seed)
