@@ -102,7 +102,7 @@ def validation_loss(model: Path, data: Path) -> float:
 
     lm = zoo.load(str(model), device="cpu", precision="32-true")
     text = data.read_text(encoding="utf-8")
-    ids = torch.tensor(lm.tokenizer.encode(text[int(len(text) * 0.9) :]).ids)
+    ids = torch.tensor(lm.tokenizer.encode(text[int(len(text) * 0.9) :]))
     n_windows = (len(ids) - 1) // CONTEXT
     tokens_NT, targets_NT = ids[: n_windows * CONTEXT].view(-1, CONTEXT), ids[1 : n_windows * CONTEXT + 1]
     with torch.inference_mode():

@@ -201,6 +201,8 @@ def test_pretraining(tmp_path: Path) -> None:
     assert validation[-1] < validation[0] - 0.5
     lm = zoo.load(out / "model", device="cpu")
     assert lm.spec.vocab_size == len(set(text.read_text()))
+    n_trained = json.loads((out / "result.json").read_text())["n_trained"]
+    assert n_trained == sum(p.numel() for p in lm.model.parameters()), "tied parameters count once"
     assert set(lm.generate("1 and ", max_new_tokens=8, temperature=0.0)) <= set(text.read_text())
 
 

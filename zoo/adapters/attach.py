@@ -137,10 +137,15 @@ class AttachedAdapter:
         self._original = {key: p.detach().clone() for key, p in kept.items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that it trains, once, under its name in `state_dict`."""
+        """Every parameter that it trains, under its names in `state_dict`: a tied one may have two."""
         shared = {addition.site.name: addition.shared for addition in self.plan.additions}
         own = ((site, *named) for site, part in self._parts.items() for named in part.named_parameters())
         return {f"{site}.{key}": p for site, key, p in own if key not in shared[site]} | self._unfrozen()
+
+    @property
+    def n_trained(self) -> int:
+        """Numbers that it trains; those of tied parameters once."""
+        return sum({id(p): p.numel() for p in self.trainable().values()}.values())
 
     def _unfrozen(self) -> dict[str, nn.Parameter]:
         names = self.plan.unfrozen or {}

@@ -35,7 +35,7 @@ def finish(
         ending=ending,
         model=recipe.model,
         trained=directory.trained(recipe),
-        n_trained=sum(p.numel() for p in files.trained.handle.trainable().values()),
+        n_trained=files.trained.handle.n_trained,
         step=progress.step,
         val_loss=val_loss,
         best_loss=progress.best_loss if has_best else None,

@@ -56,7 +56,7 @@ def preflight(
         InputError: the data does not end as the model should learn to.
     """
     lm, handle = trained.lm, trained.handle
-    n_trained = sum(p.numel() for p in handle.trainable().values())
+    n_trained = handle.n_trained
     n_all = sum(p.numel() for p in lm.model.parameters())
     is_training, state = module.training, torch.random.get_rng_state()
     module.eval()
