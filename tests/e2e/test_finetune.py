@@ -218,7 +218,10 @@ def test_a_model_that_can_not_be_written_is_not_trained(tmp_path: Path) -> None:
 
 def test_dry_run_leaves_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     """Guards --dry-run: it shows the sample with its mask, and writes no file."""
-    done = run("finetune", model, "--data", data, "--out", tmp_path / "run", "--max-steps", 2, *COMMON, "--dry-run")
+    fixed = ("finetune", model, "--data", data, "--out", tmp_path / "run", "--max-steps", 2, *COMMON, "--dry-run")
+    done = run(*fixed, "--explain")
+    assert "zoo: precision: 32-true\n" in done.stderr
+    assert "zoo: attention: auto -> sdpa" in done.stderr
     assert not (tmp_path / "run").exists()
     assert "!" in done.stderr.split("[[")[1].split("]]")[0]
     assert "every one of the" in done.stderr

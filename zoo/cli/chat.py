@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from zoo.cli.app import App, ZooCommand, note, pass_app
-from zoo.cli.model_options import load_from_options, loading_options, print_stats, sampling_options
+from zoo.cli.model_options import load_from_options, loading_options, make_samplers, print_stats, sampling_options
 from zoo.cli.torch_process import import_torch
 from zoo.errors import InputError
 
@@ -44,6 +44,7 @@ def command(
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     given = {name: options.pop(name) for name in names}
+    given["extra"] = make_samplers(app, options.pop("samplers")) or None
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})
     template = _read_template(chat_template)
     lm = load_from_options(app, model, **options)

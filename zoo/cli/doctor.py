@@ -13,28 +13,37 @@ from packaging.requirements import Requirement
 
 from zoo import __version__
 from zoo.cli.app import App, ZooCommand, json_option, pass_app, print_json, print_table
+from zoo.plugins import Plugin
 from zoo.registry import BUILT_IN, KINDS, Registry, probe
+
+SLOW_SECONDS = 0.05
+"""What a plugin may take to load: all of zoo's own registration takes about as long."""
 
 
 @click.command(cls=ZooCommand)
+@click.option("--timings", is_flag=True, help="How long each plugin takes to load, which every command waits for.")
 @json_option
 @pass_app
-def command(app: App, as_json: bool) -> None:
+def command(app: App, timings: bool, as_json: bool) -> None:
     """This machine: versions, devices, threads, memory, what can not be used and why.
 
     Every component is imported to find out.
     """
+    loaded = app.zoo.plugins if timings else []  # before anything else is imported
+    slow = [plugin for plugin in loaded if plugin.seconds > SLOW_SECONDS]
     facts: dict[str, Any] = {
         "versions": _versions(),
         "machine": _machine(),
         "torch": _torch(),
-        "problems": [*app.zoo.problems(), *_unusable(app.registry, optional=False)],
+        "problems": [*app.zoo.problems(), *map(_slow, slow), *_unusable(app.registry, optional=False)],
         "not here": _unusable(app.registry, optional=True),
     }
+    if timings:
+        facts["timings"] = {plugin.name: f"{1000 * plugin.seconds:.0f} ms" for plugin in loaded}
     if as_json:
         print_json(facts)
         return
-    for title in ("versions", "machine", "torch"):
+    for title in ("versions", "machine", "torch", *(["timings"] if facts.get("timings") else [])):
         click.echo(f"{title}:")
         print_table([f"  {key}", str(value)] for key, value in facts[title].items())
     click.echo("problems:" if facts["problems"] else "problems: none")
@@ -44,6 +53,11 @@ def command(app: App, as_json: bool) -> None:
         click.echo("not here, which is no fault:")
     for line in facts["not here"]:
         click.echo(f"  {line}")
+
+
+def _slow(plugin: Plugin) -> str:
+    cost = f"plugin {plugin.name} makes every command {1000 * plugin.seconds:.0f} ms slower"
+    return f"{cost}; fix: import inside of functions what {plugin.entry_point} imports, or -p no:{plugin.name}"
 
 
 def _versions() -> dict[str, str]:

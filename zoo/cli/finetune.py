@@ -25,6 +25,7 @@ def command(
     recipe_file: Path | None,
     resume: bool,
     dry_run: bool,
+    explain: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -35,4 +36,4 @@ def command(
     step; --dry-run stops there.
     """
     recipe = make_recipe("finetune", {"model": model, **flags}, settings, recipe_file, resume=resume)
-    train(app, recipe, resume=resume, dry_run=dry_run, as_json=as_json)
+    train(app, recipe, resume=resume, dry_run=dry_run, explain=explain, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from zoo.cli.app import App, ZooCommand, json_option, note, pass_app, print_json
-from zoo.cli.model_options import load_from_options, loading_options, print_stats, sampling_options
+from zoo.cli.model_options import load_from_options, loading_options, make_samplers, print_stats, sampling_options
 from zoo.cli.torch_process import import_torch
 from zoo.errors import InputError, ZooError
 
@@ -41,6 +41,9 @@ def command(app: App, /, model: str, **options: Any) -> None:
     own = ("prompt", "source", "out", "batch_size", "max_new_tokens", "num_samples", "speculate", "draft")
     given = {name: options.pop(name) for name in (*own, "draft_tokens", "stop", "stats", "as_json")}
     sampling = {name: value for name in _SAMPLING if (value := options.pop(name)) is not None}
+    if samplers := options.pop("samplers"):
+        import_torch()
+        sampling["extra"] = make_samplers(app, samplers)
     _check_together(given, compiled=options["compile"])
     _check_early(sampling, given)
     if given["source"] is not None:

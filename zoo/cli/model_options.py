@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +45,13 @@ _SAMPLING = [
     click.option("--top-p", type=float, help="Draw from the likeliest tokens that make up probability P."),
     click.option("--min-p", type=float, help="Drop tokens less likely than P times the likeliest."),
     click.option("--repetition-penalty", type=float, help="Above 1: tokens already seen become less likely."),
+    click.option(
+        "--sampler",
+        "samplers",
+        multiple=True,
+        metavar="NAME[,KEY=VALUE]",
+        help="A further step before a token is drawn; see: zoo list samplers.",
+    ),
     click.option("--seed", type=int, help="Makes sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given more than once."),
     click.option("--stats", is_flag=True, help="Print speed and memory to standard error."),
@@ -55,7 +64,7 @@ def loading_options(function: F) -> F:
 
 
 def sampling_options(function: F) -> F:
-    """``--temperature`` and its kin, ``--seed --stop --stats``."""
+    """``--temperature`` and its kin, ``--sampler --seed --stop --stats``."""
     return _decorated(function, _SAMPLING)
 
 
@@ -107,6 +116,33 @@ def load_from_options(
     for line in lm.notes:
         note(line)
     return lm
+
+
+def make_samplers(app: App, given: tuple[str, ...]) -> tuple[Any, ...]:
+    """The steps that ``--sampler NAME,KEY=VALUE`` name, in their order.
+
+    Raises:
+        UnknownNameError: no sampler has that name.
+        InputError: it does not take these options, or not these values.
+    """
+    samplers = []
+    for text in given:
+        name, *settings = text.split(",")
+        options = {key: _number(value) for key, _, value in (setting.partition("=") for setting in settings)}
+        kind = app.registry.load("sampler", name)
+        try:
+            samplers.append(kind(**options))
+        except TypeError as error:
+            known = ", ".join(inspect.signature(kind).parameters)
+            raise InputError(f"--sampler {text}: {error}.", fix=f"{name} takes {known or 'no options'}.") from None
+    return tuple(samplers)
+
+
+def _number(text: str) -> float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _named(given: tuple[str, ...]) -> dict[str, Path]:

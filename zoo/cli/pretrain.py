@@ -41,6 +41,7 @@ def command(
     recipe_file: Path | None,
     resume: bool,
     dry_run: bool,
+    explain: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -50,4 +51,4 @@ def command(
     """
     flags |= {"model": model, "adapter": "full"}
     recipe = make_recipe("pretrain", flags, settings, recipe_file, resume=resume)
-    train(app, recipe, resume=resume, dry_run=dry_run, as_json=as_json)
+    train(app, recipe, resume=resume, dry_run=dry_run, explain=explain, as_json=as_json)

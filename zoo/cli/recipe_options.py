@@ -84,6 +84,7 @@ RUN_OPTIONS = (
     click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="Read a recipe."),
     click.option("--resume", is_flag=True, help="Go on with the run in --out, from its newest checkpoint."),
     click.option("--dry-run", is_flag=True, help="Check, show and prove everything, and train nothing."),
+    click.option("--explain", is_flag=True, help="Tell what every choice became, and why."),
 )
 
 

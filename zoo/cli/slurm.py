@@ -71,7 +71,7 @@ def _checked(arguments: tuple[str, ...], *, devices: int, num_nodes: int) -> tup
         if given[option]:
             raise InputError(f"--{option.replace('_', '-')} of the command is given by {by}.", fix="Leave it out.")
     settings, recipe_file = given.pop("settings"), given.pop("recipe_file")
-    flags = {key: value for key, value in given.items() if key not in ("resume", "dry_run", "as_json")}
+    flags = {key: value for key, value in given.items() if key not in ("resume", "dry_run", "explain", "as_json")}
     flags |= {"devices": devices, "num_nodes": num_nodes} | ({"adapter": "full"} if name == "pretrain" else {})
     recipe = make_recipe(name, flags, settings, recipe_file, resume=False)
     if (recipe.devices, recipe.num_nodes) != (devices, num_nodes):

@@ -24,7 +24,7 @@ LINE_SECONDS = 10.0
 """How often a line tells of the progress, where nobody watches a bar."""
 
 
-def train(app: App, recipe: Recipe, *, resume: bool, dry_run: bool, as_json: bool) -> None:
+def train(app: App, recipe: Recipe, *, resume: bool, dry_run: bool, explain: bool, as_json: bool) -> None:
     """Run a recipe, and say how it ended.
 
     Raises:
@@ -35,7 +35,7 @@ def train(app: App, recipe: Recipe, *, resume: bool, dry_run: bool, as_json: boo
 
     display = make_display()
     with display:
-        outcome = run(recipe, registry=app.registry, display=display, resume=resume, dry_run=dry_run)
+        outcome = run(recipe, registry=app.registry, display=display, resume=resume, dry_run=dry_run, explain=explain)
     if not is_first():
         return
     if as_json:

@@ -179,7 +179,7 @@ class Assembly:
                 micro_batch_size=recipe.micro_batch,
                 grad_clip=recipe.grad_clip,
             )
-            ending = trainer.fit()
+            ending = _fitted(trainer)
         if self._is_sharded:
             files = replace(files, trained=self._whole(trained))
         self.fence.gather("end", fingerprint={"step": progress.step})
@@ -246,3 +246,12 @@ class Assembly:
         tenth = None if limits.steps is None else max(OFTEN, limits.steps // 10)
         evaluate = recipe.eval_every or tenth
         return Every(log=recipe.log_every, evaluate=evaluate, save=recipe.save_every or evaluate)
+
+
+def _fitted(trainer: Trainer) -> str:
+    """Why the training ended. Loggers are told, however it ends: some write what they hold only then."""
+    try:
+        return trainer.fit()
+    finally:
+        if trainer.parts.loggers is not None:
+            trainer.parts.loggers.finish()

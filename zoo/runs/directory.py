@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "micro_batch_size",
     "log_every",
     "loggers",
+    "plugins",
     "keep",
 )
 """Keys that change where and how a run is computed, and not what comes out but for rounding."""

@@ -10,9 +10,11 @@ from zoo.precision.base import Precision, load_precision
 from zoo.precision.builtin import FP32_TRUE
 from zoo.registry import Registry
 from zoo.runs.assembly import Assembly
+from zoo.runs.composition import compose
 from zoo.runs.directory import RunDirectory
 from zoo.runs.outcome import Display, Outcome
 from zoo.runs.processes import check_processes, others_run
+from zoo.runs.provenance import check_plugins, with_plugins
 from zoo.store.fence import Fence
 from zoo.store.signals import StopSignals
 from zoo.train.launch import make_fabric
@@ -20,7 +22,13 @@ from zoo.train.recipe import Recipe
 
 
 def run(
-    recipe: Recipe, *, registry: Registry, display: Display, resume: bool = False, dry_run: bool = False
+    recipe: Recipe,
+    *,
+    registry: Registry,
+    display: Display,
+    resume: bool = False,
+    dry_run: bool = False,
+    explain: bool = False,
 ) -> Outcome:
     """Do what a recipe says.
 
@@ -28,6 +36,7 @@ def run(
         display: shows rank 0's progress.
         resume: go on from the newest checkpoint of the run that is there.
         dry_run: show and prove everything, and train nothing.
+        explain: tell what every choice became, and why.
 
     Raises:
         InputError, UnavailableError: the recipe can not be followed; nothing is lost.
@@ -41,6 +50,11 @@ def run(
     check_processes(recipe.devices, recipe.num_nodes)
     if not dry_run and not others_run():  # else the first of them may have begun to write
         directory.check_same(recipe) if resume else directory.check_new()
+    check_plugins(recipe, registry)
+    resolutions = compose(recipe, registry, display.say)
+    recipe = with_plugins(recipe, registry)
+    for resolution in resolutions if explain else ():
+        display.say(str(resolution))
     device = choose_device(recipe.device)
     fabric = make_fabric(recipe, device, _precision(recipe, registry))
     fabric.launch()

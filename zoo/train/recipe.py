@@ -94,6 +94,8 @@ class Recipe(BaseModel):
     """Globs of parameters that are trained although nothing depends on them."""
     log_every: PositiveInt = 1
     loggers: tuple[Use, ...] = ()
+    plugins: dict[str, str] = {}
+    """Distributions that its components came from, and their versions; a run notes them, for whoever repeats it."""
 
     @model_validator(mode="after")
     def _together(self) -> Self:
