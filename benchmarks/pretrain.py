@@ -63,11 +63,7 @@ def run_nanogpt(source: Path, data: Path, seed: int, work: Path) -> tuple[float,
     seconds = timed(command, work)
     out = work / "model"
     checkpoint = work / "out-shakespeare-char" / "ckpt.pt"
-    meta = work / "data" / "shakespeare_char" / "meta.pkl"
-    subprocess.run(
-        [sys.executable, "-m", "zoo", "convert", str(checkpoint), str(out), "--tokenizer", str(meta)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    subprocess.run([sys.executable, "-m", "zoo", "convert", str(checkpoint), str(out)], check=True, capture_output=True)
     return seconds, out
 
 

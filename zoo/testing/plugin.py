@@ -18,6 +18,7 @@ SLOW_SECONDS = 0.25
 _OBSERVE = """
 import json, os, sys, importlib, warnings
 import torch
+import sympy  # torch loads it when it first needs it, and it adds a filter of warnings
 def state():
     return {
         "os.environ": dict(os.environ), "sys.path": list(sys.path), "sys.argv": list(sys.argv),
